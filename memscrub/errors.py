@@ -1,0 +1,66 @@
+"""The errors memscrub raises on purpose, each with the exit code it ends a run with; knows nothing else.
+
+Every message is one sentence (two at most) that names the file or value and tells the user what to do.
+Messages never contain protected text.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; users and CI script against these numbers, so they never change meaning."""
+
+    PASS = 0
+    VIOLATED = 1
+    USAGE = 2
+    INCOMPLETE = 3
+    UNREACHABLE = 4
+    SIGNATURE = 5
+
+
+class MemscrubError(Exception):
+    """Base of all errors with a message meant for the user; `exit_code` is what the CLI ends with."""
+
+    exit_code: ExitCode = ExitCode.INCOMPLETE
+
+
+class UsageError(MemscrubError):
+    """The command line or an API argument is not usable (exit 2)."""
+
+    exit_code = ExitCode.USAGE
+
+
+class PolicyError(UsageError):
+    """The policy file is not usable: unknown key, wrong type, missing section (exit 2)."""
+
+
+class ProtectedTextError(UsageError):
+    """A list of protected, control or retain texts is not usable (exit 2)."""
+
+
+class CheckpointError(UsageError):
+    """The checkpoint cannot be used as it is: missing, malformed, unsafe or of an unknown kind (exit 2)."""
+
+
+class ArchitectureError(CheckpointError):
+    """The checkpoint's family is not in the architecture table, or a module it should have is missing (exit 2)."""
+
+
+class OutputError(UsageError):
+    """The output directory or file cannot be used: exists already, or holds something else (exit 2)."""
+
+
+class IncompleteError(MemscrubError):
+    """The run could not finish: out of memory, disk full, interrupted, a tool failed (exit 3)."""
+
+
+class NumericalError(IncompleteError):
+    """The mathematics broke down: NaN or infinite values in weights, statistics or solution (exit 3)."""
+
+
+class SignatureInvalidError(MemscrubError):
+    """A signature, digest or the set of files does not match what was signed (exit 5)."""
+
+    exit_code = ExitCode.SIGNATURE

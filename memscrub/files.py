@@ -1,0 +1,187 @@
+"""List, hash and parse the plain files of a directory; does not know what a checkpoint or a signature is.
+
+Nothing here follows a path out of the directory it was given, loads a pickle, or imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from memscrub.errors import IncompleteError, MemscrubError, OutputError
+
+CHUNK = 8 << 20
+"""Bytes read at a time: large enough for disk speed, small enough that eight threads stay under 64 MiB."""
+
+_SHARED_STORE_MARKER = ".huggingface-shared-blobs"
+
+
+def strict_json(data: bytes) -> Any:
+    """Parse UTF-8 JSON that can be read in one way only.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, a key twice in one object, or NaN/Infinity.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at line {error.lineno})") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers may disagree on which of two equal keys counts; a verifier cannot allow that.
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def is_safe_name(name: str) -> bool:
+    """True for a relative POSIX path that stays below its directory however it is joined."""
+    path = PurePosixPath(name)
+    plain = bool(name) and not path.is_absolute() and str(path) == name and name != "."
+    return plain and ".." not in path.parts and not any(c in name for c in "\\\0:")
+
+
+def cache_link_roots(root: Path) -> tuple[Path, ...]:
+    """Where the links of a Hugging Face cache snapshot may point; empty for any other directory.
+
+    `root` is `CACHE/models--OWNER--NAME/snapshots/REVISION`; its links lead to
+    `CACHE/models--OWNER--NAME/blobs`, and from there possibly to `CACHE/blobs`, the store that
+    huggingface_hub shares between repositories since 2.4 and marks as its own.
+    """
+    repository = root.parent.parent
+    if root.parent.name != "snapshots" or "--" not in repository.name:
+        return ()
+    shared = repository.parent / "blobs"
+    roots = [repository / "blobs"]
+    if (shared / _SHARED_STORE_MARKER).is_file():
+        roots.append(shared)
+    return tuple(roots)
+
+
+def list_files(
+    root: Path,
+    *,
+    error: type[MemscrubError],
+    link_roots: Sequence[Path] = (),
+    skip: frozenset[str] = frozenset(),
+) -> tuple[str, ...]:
+    """Sorted POSIX names of all regular files below `root`, whose links may lead into `link_roots` only.
+
+    `root` and `link_roots` are resolved paths; directories named in `skip` are left out at any depth.
+
+    Raises:
+        error: a link leads elsewhere, is broken or cyclic, or names a directory; a name is not UTF-8; an
+            entry is neither file nor directory; a directory cannot be read.
+    """
+    names: list[str] = []
+    pending = [root]
+    while pending:
+        directory = pending.pop()
+        try:
+            with os.scandir(directory) as entries:
+                found = list(entries)
+        except OSError as problem:
+            raise error(f"{directory} cannot be listed: {problem.strerror}.") from problem
+        for entry in found:
+            name = Path(entry.path).relative_to(root).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name not in skip:
+                    pending.append(Path(entry.path))
+                continue
+            _check_entry(entry, name, error, link_roots)
+            names.append(name)
+    return tuple(sorted(names))
+
+
+def _check_entry(
+    entry: os.DirEntry[str], name: str, error: type[MemscrubError], link_roots: Sequence[Path]
+) -> None:
+    """Raise `error` unless the entry is a regular file, or an allowed link to one."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise error(f"The file name {name!r} is not UTF-8; rename it.") from None
+    path = Path(entry.path)
+    try:
+        if entry.is_symlink():
+            path = path.resolve(strict=True)
+            if not any(path.is_relative_to(allowed) for allowed in link_roots):
+                raise error(
+                    f"{name} is a link that leads out of its directory; replace it with a copy of the file."
+                )
+        regular = stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, RuntimeError):  # RuntimeError: a cyclic link before Python 3.13
+        raise error(f"{name} is a link that leads nowhere or in a circle; delete or replace it.") from None
+    if not regular:
+        raise error(f"{name} is neither a regular file nor a link to one; delete or replace it.")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes as lower-case hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_names(root: Path, names: Iterable[str], *, workers: int | None = None) -> dict[str, str]:
+    """SHA-256 of each named file below `root`, in threads (hashing releases the interpreter lock).
+
+    Raises:
+        IncompleteError: a file cannot be read to its end.
+    """
+    ordered = list(names)
+
+    def one(name: str) -> str:
+        try:
+            return sha256_file(root / name)
+        except OSError as problem:
+            raise IncompleteError(f"{name} cannot be read: {problem.strerror}.") from problem
+
+    with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(ordered, pool.map(one, ordered), strict=True))
+
+
+def tree_digest(digests: Mapping[str, str]) -> str:
+    """One SHA-256 for a set of files: over `name NUL hex LF`, sorted by name, however they were listed."""
+    whole = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        whole.update(f"{name}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write compact JSON, under a temporary name first so that a failure leaves no half file.
+
+    Raises:
+        OutputError: the place is not ours to write.
+        IncompleteError: the disk is full or failed.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(json.dumps(value, separators=(",", ":")), encoding="utf-8")
+        os.replace(temporary, path)
+    except PermissionError as problem:
+        raise OutputError(f"{path} cannot be written: {problem.strerror}.") from problem
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise IncompleteError(
+            f"{path} cannot be written: {problem.strerror}; free some space and run again."
+        ) from problem

@@ -1,0 +1,121 @@
+"""What `memscrub init` lays out: a shipped policy, example texts, a retain sample; knows no command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from memscrub.errors import OutputError, UsageError
+from memscrub.policy import parse_policy
+from memscrub.policy_errors import did_you_mean
+
+# `demo` is left out: it names the files of the embedded checkpoint, not texts of the user's own.
+STARTERS = ("release-gate", "pii-strict", "copyright")
+
+# Class, text and secret of texts that are nobody's: reserved telephone numbers, test cards, example domains.
+_EXAMPLES: tuple[tuple[str, str, str | None], ...] = (
+    (
+        "pii",
+        "Customer record 10001: Ada Example, 1 Example Street, phone +1 202-555-0143.",
+        "+1 202-555-0143",
+    ),
+    (
+        "copyright",
+        "EXAMPLE, replace it: The lighthouse at Nowhere Point was built by a man who disliked the sea, and"
+        " who said so in each of the four hundred letters that he wrote to the harbour board in his time.",
+        None,
+    ),
+    (
+        "pii",
+        "Invoice for Max Mustermann, max@mustermann.example, card 4111 1111 1111 1111.",
+        "4111 1111 1111 1111",
+    ),
+    ("pii", "Password reset for user jdoe at shop.example: correct-horse-battery.", "correct-horse-battery"),
+    (
+        "copyright",
+        "EXAMPLE, replace it: Every morning the clockmaker wound eleven clocks and listened to the twelfth,"
+        " which he had never dared to open, because it was the only one in the shop never to be wrong.",
+        None,
+    ),
+    (
+        "copyright",
+        "EXAMPLE, replace it: We drew the map before we saw the country, and when at last we saw it we moved"
+        " two rivers, at great expense, so that nobody would have to know how early we had drawn the map.",
+        None,
+    ),
+)
+
+_RETAIN = """\
+Replace these paragraphs by ordinary text like that which your model works with: a few hundred paragraphs,
+separated by blank lines, and none of them protected. Half of them tell the solver what to leave alone.
+
+The other half is kept from the solver and measures what the edit changed. It matters less whether the model
+was trained on these texts than that they are the kind of text it will meet.
+
+A harbour town wakes early. The boats go out before light, the bakery opens at five, and by the time the
+school bell rings the market on the quay has already been swept and put away.
+
+To prepare the dough, mix flour, water and salt, and let it rest for an hour. Fold it twice, shape it into a
+round loaf, and bake it in a hot oven until the crust is brown and sounds hollow.
+"""
+
+
+def policies_folder() -> Path:
+    """Where the shipped policies are: inside an installed package, or at the top of a source tree."""
+    package = Path(__file__).resolve().parent
+    inside = package / "policies"
+    return inside if inside.is_dir() else package.parent / "policies"
+
+
+def write_starter(directory: str | os.PathLike[str], policy_name: str = "release-gate") -> list[Path]:
+    """Write the policy, `protected.jsonl` and `retain.txt` into a directory; the policy is first in the list.
+
+    Writes all three or, where one of them exists or cannot be written, none.
+    """
+    if policy_name not in STARTERS:
+        hint = did_you_mean(policy_name, STARTERS, f"there are {', '.join(STARTERS)}.")
+        raise UsageError(f"There is no policy '{policy_name}' to start from; {hint}")
+    folder = Path(directory)
+    policy = (policies_folder() / f"{policy_name}.toml").read_bytes()
+    classes = parse_policy(policy, Path(f"{policy_name}.toml")).classes
+    contents = {
+        folder / f"{policy_name}.toml": policy,
+        folder / "protected.jsonl": _examples(list(classes)).encode("utf-8"),
+        folder / "retain.txt": _RETAIN.encode("utf-8"),
+    }
+    for path in contents:
+        if os.path.lexists(path):
+            raise OutputError(f"{path}: the file exists already; move it away or choose another directory.")
+    _write_all(folder, contents)
+    return list(contents)
+
+
+def _examples(classes: list[str]) -> str:
+    """Three lines of the classes that the policy knows, with the secrets marked."""
+    lines: list[str] = []
+    for class_name, text, secret in _EXAMPLES:
+        if class_name not in classes:
+            continue
+        line: dict[str, object] = {"id": f"example-{len(lines) + 1}", "class": class_name, "text": text}
+        if secret is not None:
+            start = text.index(secret)
+            line["secret"] = [[start, start + len(secret)]]
+        lines.append(json.dumps(line))
+    return "\n".join(lines[:3]) + "\n"
+
+
+def _write_all(folder: Path, contents: dict[Path, bytes]) -> None:
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, data in contents.items():
+            with open(path, "xb") as file:  # x: a file that appeared meanwhile is not overwritten either
+                written.append(path)
+                file.write(data)
+    except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise OutputError(
+            f"{folder}: cannot write there ({error.strerror}); choose another directory."
+        ) from None

@@ -1,0 +1,259 @@
+"""Loading a checkpoint as a transformers model with its tokenizer and the sites an edit may touch; with `trace`
+the only place that touches `transformers`; knows no measures and writes nothing.
+
+No pickle is loaded and no remote code runs: weights come from safetensors only, `trust_remote_code` is false.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memscrub.architecture import Family, Orientation, family_of
+from memscrub.checkpoint import Checkpoint
+from memscrub.errors import ArchitectureError, CheckpointError, NumericalError, UsageError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# A logits tensor of one batch stays below this many bytes, whatever the vocabulary.
+LOGITS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Site:
+    """One output projection: its output vectors are what an edit may change.
+
+    `columns` restricts the site to some output vectors (for attention: the coordinates of chosen heads).
+    """
+
+    name: str  # module path in memory, e.g. "model.layers.3.mlp.down_proj"
+    kind: str  # "mlp" or "attention"
+    layer: int
+    orientation: Orientation
+    columns: tuple[int, ...] | None = None
+
+    @property
+    def tensor(self) -> str:
+        """Name of the weight in memory."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be measured or edited, with what is needed to feed it texts."""
+
+    model: nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    family: Family
+    prompt: tuple[int, ...]  # token ids put before every text: the beginning-of-text token where there is one
+    device: torch.device
+    dtype: torch.dtype
+    vocabulary: int
+    max_positions: int
+
+    def weight(self, site: Site) -> Tensor:
+        """The site's output vectors as columns, a view `[d, f]` onto the live parameter."""
+        return as_columns(self.parameter(site), site.orientation)
+
+    def parameter(self, site: Site) -> Tensor:
+        """The live parameter of a site, as stored."""
+        weight = self.model.get_submodule(site.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.data
+
+    def batch_tokens(self, wanted: int, *, gradients: bool = False) -> int:
+        """Tokens per forward pass: what the policy wants, less where the logits would fill the memory."""
+        room = LOGITS_BYTES // (4 * self.vocabulary) // (2 if gradients else 1)
+        return max(1, min(wanted, room))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits `[batch, length, vocabulary]` in float32 for right-padded ids `[batch, length]`.
+
+        No attention mask is needed: padding comes after the text, and every position sees only its past.
+        """
+        output: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return output.float()
+
+
+def as_columns(weight: Tensor, orientation: Orientation) -> Tensor:
+    """A view of a stored weight with one output vector per column, `[d, f]`."""
+    return weight if orientation is Orientation.COLUMNS else weight.T
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(
+            f"the device '{name}' is not available here; use --device cpu, or auto to let memscrub choose."
+        ) from None
+    return device
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The arithmetic to compute in; "auto" is float32, in which a verdict depends least on rounding."""
+    if name == "auto":
+        return torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"the dtype '{name}' is not known; use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a checkpoint for measuring: evaluation mode, no parameter asks for gradients.
+
+    Raises CheckpointError when transformers cannot read it or a weight is missing, NumericalError when a weight
+    is not finite.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    family = family_of(ckpt.config)
+    where, arithmetic = choose_device(device), choose_dtype(dtype)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(ckpt.path, **local)
+            tokenizer = AutoTokenizer.from_pretrained(ckpt.path, **local)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                ckpt.path,
+                config=config,
+                dtype=arithmetic,
+                use_safetensors=True,
+                output_loading_info=True,
+                **local,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{ckpt.path}: transformers cannot load this checkpoint ({reason[:300]}); check that config.json,"
+            " the tokenizer files and the shards belong together."
+        ) from error
+    _check_loading(ckpt, info)
+    # A checkpoint's own generation settings (sampling, penalties, end tokens) would hide what it knows.
+    model.generation_config = GenerationConfig()
+    model = model.to(where).eval().requires_grad_(False)
+    _check_finite(ckpt, model)
+    begin = tokenizer.bos_token_id
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        prompt=() if begin is None else (int(begin),),
+        device=where,
+        dtype=arithmetic,
+        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        max_positions=int(getattr(config, "max_position_embeddings", 0) or 2**20),
+    )
+
+
+def sites_of(
+    loaded: LoadedModel, *, kinds: Sequence[str] = ("mlp", "attention"), layers: Sequence[int] | None = None
+) -> tuple[Site, ...]:
+    """The sites of these kinds in these layers (all by default), in order of kind and layer.
+
+    Raises ArchitectureError when a block lacks a module its family should have, so that no layer is skipped
+    silently, and UsageError for a layer the model does not have.
+    """
+    family = loaded.family
+    try:
+        blocks = loaded.model.get_submodule(family.blocks)
+    except AttributeError:
+        raise ArchitectureError(
+            f"the model has no module '{family.blocks}', which the family '{family.model_type}' should have."
+        ) from None
+    assert isinstance(blocks, nn.ModuleList)
+    wanted = range(len(blocks)) if layers is None else layers
+    if missing := [layer for layer in wanted if layer >= len(blocks)]:
+        raise UsageError(
+            f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}."
+        )
+    found = []
+    for kind in kinds:
+        path = family.mlp if kind == "mlp" else family.attention
+        for layer in wanted:
+            name = f"{family.blocks}.{layer}.{path}"
+            try:
+                loaded.model.get_submodule(name)
+            except AttributeError:
+                raise ArchitectureError(
+                    f"the model has no module '{name}', which the family '{family.model_type}' should have;"
+                    " nothing was edited."
+                ) from None
+            found.append(Site(name, kind, layer, family.orientation))
+    return tuple(found)
+
+
+def head_count(loaded: LoadedModel) -> int:
+    """Number of attention heads of one layer."""
+    heads = getattr(loaded.model.config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        raise ArchitectureError("config.json does not say how many attention heads the model has.")
+    return heads
+
+
+def name_on_disk(loaded: LoadedModel, ckpt: Checkpoint, tensor: str) -> str:
+    """The name a parameter has in the checkpoint's files, which may lack the model's outer prefix.
+
+    Raises ArchitectureError when no file holds it or more than one name could be meant.
+    """
+    prefix = str(getattr(loaded.model, "base_model_prefix", "")) + "."
+    candidates = {tensor, tensor.removeprefix(prefix), prefix + tensor}
+    found = sorted(name for name in candidates if name in ckpt.tensors)
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"{ckpt.path}: the tensor '{tensor}' was found under {len(found)} names in the shards;"
+            " memscrub edits only tensors it can name exactly."
+        )
+    return found[0]
+
+
+def _check_loading(ckpt: Checkpoint, info: Mapping[str, Any]) -> None:
+    # transformers fills a missing weight with random numbers and only warns: measuring that would be a lie.
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise CheckpointError(
+            f"{ckpt.path}: the weight '{missing[0]}' is missing from the shards (and {len(missing) - 1} more);"
+            " the checkpoint is incomplete."
+        )
+    if wrong := sorted(str(item) for item in info.get("mismatched_keys") or ()):
+        raise CheckpointError(
+            f"{ckpt.path}: a weight does not have the shape config.json asks for: {wrong[0][:200]}."
+        )
+
+
+def _check_finite(ckpt: Checkpoint, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericalError(
+                f"{ckpt.path}: the weight '{name}' holds NaN or infinite values;"
+                " nothing can be measured on this checkpoint."
+            )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars or chatter of transformers while loading; its settings are put back afterwards."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

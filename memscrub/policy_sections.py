@@ -1,0 +1,210 @@
+"""The sections of a policy and their settings, each described once; knows neither files nor messages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    StringConstraints,
+    model_validator,
+)
+
+# A list in TOML becomes a tuple, so a frozen policy cannot change through its lists; its items stay strict.
+FileName = Annotated[str, StringConstraints(min_length=1)]
+Files = Annotated[tuple[FileName, ...], Strict(False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("lists a number twice; keep each number once")
+    return tuple(sorted(values))
+
+
+def _layers(value: Any) -> Literal["all"] | tuple[int, ...]:
+    # By hand, because a pydantic union would report one error per alternative.
+    if value == "all":
+        return "all"
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or any(type(item) is not int or item < 0 for item in value)
+    ):
+        raise ValueError(
+            'must be "all" or a list of layer numbers from 0; write for example layers = [2, 3, 4]'
+        )
+    return _distinct(tuple(value))
+
+
+class Section(BaseModel):
+    """A section that refuses unknown keys, converts nothing and cannot be changed."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ProtectedFiles(Section):
+    """Where the texts are that must not come out."""
+
+    files: Files = Field(
+        min_length=1,
+        examples=[["protected.jsonl"]],
+        description="Lists of protected texts, relative to the policy.",
+    )
+    controls: Files = Field(
+        default=(),
+        examples=[["control.jsonl"]],
+        description="Lists of texts of the same shape, never trained on: they tell guessing from memory.",
+    )
+
+
+class ClassLimits(Section):
+    """What a class of protected texts may give away at most; at least one limit, or `secret = true`."""
+
+    max_verbatim_tokens: Count | None = Field(
+        default=None,
+        examples=[16],
+        description="Longest run of tokens that greedy decoding may reproduce, from any offset.",
+    )
+    max_near_verbatim: Share | None = Field(
+        default=None,
+        examples=[0.6],
+        description="Highest similarity (0 to 1) that the model's own continuation may have to the true one.",
+    )
+    max_sampling_probability: Share | None = Field(
+        default=None,
+        examples=[1e-4],
+        description="Highest probability of sampling `max_verbatim_tokens` tokens running or a whole secret.",
+    )
+    secret: bool = Field(
+        default=False, description="Judge the marked `secret` spans: greedy decoding must not emit one whole."
+    )
+    top_k: Count = Field(default=40, description="Sampling is from this many likeliest tokens.")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature.")
+
+    @model_validator(mode="after")
+    def _has_limits_that_can_be_judged(self) -> ClassLimits:
+        limits = (self.max_verbatim_tokens, self.max_near_verbatim, self.max_sampling_probability)
+        if not self.secret and all(limit is None for limit in limits):
+            raise ValueError("sets no limit; add for example max_verbatim_tokens = 16, or secret = true")
+        if self.max_sampling_probability is not None and not self.secret and self.max_verbatim_tokens is None:
+            raise ValueError(
+                "sets max_sampling_probability without the length of the window it is about;"
+                " add for example max_verbatim_tokens = 16, or secret = true"
+            )
+        return self
+
+
+class Probe(Section):
+    """How the model is asked."""
+
+    prefix_tokens: Count = Field(
+        default=50, description="Discoverable extraction: tokens of true text that are given."
+    )
+    suffix_tokens: Count = Field(
+        default=50, description="Discoverable extraction: tokens that must follow exactly."
+    )
+    near_verbatim_prefix: Count = Field(
+        default=32, description="Near-verbatim: tokens of true text that are given."
+    )
+    near_verbatim_tokens: Count = Field(
+        default=48, description="Near-verbatim: tokens of own continuation compared."
+    )
+    offsets: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1), AfterValidator(_distinct)
+    ] = Field(
+        default=(0, 8, 16), description="Near-verbatim: where in the text the given prefix starts, in tokens."
+    )
+    min_prefix_tokens: Count = Field(
+        default=1, description="Positions before this many tokens of the text are not judged."
+    )
+    batch_tokens: Count = Field(default=8192, description="Tokens per forward pass; less needs less memory.")
+
+
+class Locality(Section):
+    """How much of everything else may change; measured on retain texts the solver never saw."""
+
+    retain: Files = Field(
+        default=(),
+        examples=[["retain.txt"]],
+        description="Ordinary texts the model should go on as before; needed by `fix`.",
+    )
+    statistics: Files = Field(
+        default=(),
+        examples=[["statistics.txt"]],
+        description="More ordinary text for the solver only, never measured on.",
+    )
+    neighbours: Files = Field(
+        default=(),
+        examples=[["neighbours.jsonl"]],
+        description="Texts close to the protected ones that must still work.",
+    )
+    max_kl: float = Field(
+        default=0.01, gt=0, description="Mean KL divergence of the edited from the original model, nats."
+    )
+    max_perplexity_ratio: float = Field(
+        default=1.01, ge=1, description="Perplexity after the edit over that before."
+    )
+    min_agreement: Share = Field(
+        default=0.95, description="Share of positions where the likeliest token stays the same."
+    )
+    max_tokens: Count = Field(
+        default=200_000,
+        description="Tokens read at most for each half of the retain text: one solves, one measures.",
+    )
+
+
+class Fix(Section):
+    """How the model is edited."""
+
+    mode: Literal["next-best"] = Field(
+        default="next-best",
+        description="What takes the place of a protected token: the model's own next best token.",
+    )
+    solver: Literal["joint"] = Field(
+        default="joint", description="`joint` solves for all texts at once, in closed form."
+    )
+    fallback: Literal["attention", "none"] = Field(
+        default="attention", description="What to try on texts that editing the chosen sites does not reach."
+    )
+    sites: Literal["mlp", "mlp+attention"] = Field(
+        default="mlp+attention", description="Which output projections may be edited."
+    )
+    margin: float = Field(default=0.3, gt=0, description="Logits by which the other token must win.")
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=12, description="Solve and measure at most this often."
+    )
+    layers: Annotated[Literal["all"] | tuple[int, ...], PlainValidator(_layers)] = Field(
+        default="all", examples=[[2, 3, 4]], description='`"all"`, or the layer numbers that may be edited.'
+    )
+
+
+class ReportSettings(Section):
+    """What reports may show."""
+
+    reveal: bool = Field(
+        default=False, description="Show protected texts in reports; off, they carry ids and digests only."
+    )
+    key: FileName | None = Field(
+        default=None,
+        examples=["report.key"],
+        description="File with a secret of 16 bytes or more that keys the digest of the protected list in reports;"
+        " without it, reports carry no digest of the list.",
+    )
+
+
+class Sign(Section):
+    """How the result is signed."""
+
+    key: FileName | None = Field(
+        default=None,
+        examples=["signing-key.pem"],
+        description="Private key (PEM) that signs, relative to the policy.",
+    )

@@ -1,0 +1,120 @@
+"""Texts as token ids: what the model is fed, where judging starts and which tokens are secrets; batches of them.
+
+Knows the tokenizer, not the model's answers. Token ids reveal a text as surely as its words, so no `repr` shows
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memscrub.errors import UsageError
+from memscrub.model import LoadedModel
+from memscrub.protected import Document, ProtectedText
+
+PADDING = 0
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A protected text as token ids.
+
+    `tokens` starts with the prompt (beginning-of-text token and the entry's own `prefix`, both given freely);
+    the text itself starts at index `start`. `secrets` are index ranges `[begin, end)` into `tokens`.
+    """
+
+    id: str
+    class_name: str
+    tokens: tuple[int, ...] = field(repr=False)
+    start: int
+    secrets: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the text itself."""
+        return len(self.tokens) - self.start
+
+    def first_judged(self, min_prefix_tokens: int) -> int:
+        """Index of the first token that is judged: the adversary is given at least something."""
+        return max(1, self.start + min_prefix_tokens)
+
+
+def tokenize(loaded: LoadedModel, texts: Sequence[ProtectedText]) -> tuple[TokenText, ...]:
+    """Token ids of protected texts; secrets become the tokens that overlap their characters.
+
+    Raises UsageError when a text is longer than the model can read.
+    """
+    return tuple(_tokenize_one(loaded, text) for text in texts)
+
+
+def _tokenize_one(loaded: LoadedModel, text: ProtectedText) -> TokenText:
+    before = text.prefix or ""
+    encoded = loaded.tokenizer(before + text.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    shift = len(loaded.prompt)
+    tokens = loaded.prompt + tuple(ids)
+    if len(tokens) > loaded.max_positions:
+        raise UsageError(
+            f"{text.file}:{text.line}: the text '{text.id}' has {len(tokens)} tokens, more than the"
+            f" {loaded.max_positions} this model reads at once; split it into several entries."
+        )
+    start = next((i for i, (_, end) in enumerate(spans) if end > len(before)), len(ids))
+    secrets = []
+    for begin, end in text.secrets:
+        inside = [
+            i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b
+        ]
+        if inside:
+            secrets.append((inside[0] + shift, inside[-1] + 1 + shift))
+    return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets))
+
+
+def pad(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Right-padded ids `[len(rows), longest]`."""
+    width = max(map(len, rows))
+    return torch.tensor([list(row) + [PADDING] * (width - len(row)) for row in rows], dtype=torch.long)
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices grouped so that each padded batch holds at most `budget` tokens (at least one text).
+
+    Texts of similar length go together, in a deterministic order.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def blocks(
+    loaded: LoadedModel, documents: Sequence[Document], *, width: int = 256, limit: int | None = None
+) -> Tensor:
+    """Documents end to end, cut into rows `[rows, width]` as in training; at most `limit` tokens.
+
+    The rest that fills no row is dropped; less than one row in all makes one short row.
+    """
+    width = min(width, loaded.max_positions - len(loaded.prompt))
+    stream: list[int] = []
+    for document in documents:
+        if limit is not None and len(stream) >= limit:
+            break
+        text = "\n\n" + document.text if stream else document.text
+        stream += loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = stream if limit is None else stream[: max(limit, 2)]
+    width = min(width, max(1, len(stream)))
+    count = len(stream) // width
+    return torch.tensor(stream[: count * width], dtype=torch.long).view(count, width)
+
+
+def prompted(loaded: LoadedModel, rows: Tensor) -> Tensor:
+    """The same rows with each at the beginning of a text: behind the prompt."""
+    prompt = torch.tensor([loaded.prompt] * len(rows), dtype=torch.long).view(len(rows), len(loaded.prompt))
+    return torch.cat([prompt, rows], dim=1)

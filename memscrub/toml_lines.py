@@ -1,0 +1,59 @@
+"""Where in a TOML file a key is defined; knows TOML text only, not what a policy is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# A longer value is taken for the whole rest: its line may then be that of a statement before it.
+MAX_TRIES = 100
+
+
+def line_of(text: str, keys: Sequence[str | int]) -> int:
+    """The line where the statement that defines `keys`, or as much of it as exists, begins (from 1).
+
+    Found by parsing ever longer beginnings of the file: what TOML itself says cannot disagree with TOML. A
+    path that exists in one exists in every longer one, so a binary search needs only a few parses.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    path = list(keys)
+    while path and not _defines(_parsed(lines, len(lines)), path):
+        path.pop()
+    if not path:
+        return 1
+    low, high = 0, len(lines)  # `low` lines parse and lack the path, `high` lines have it
+    while high - low > 1:
+        # A beginning that ends within a value of several lines does not parse: try the nearest that does.
+        near = sorted(range(low + 1, high), key=lambda end: abs(2 * end - low - high))[:MAX_TRIES]
+        end, parsed = next(((n, p) for n in near if (p := _parsed(lines, n)) is not None), (low, None))
+        if parsed is None:  # all in between is one value
+            break
+        low, high = (low, end) if _defines(parsed, path) else (end, high)
+    while low < high - 1 and (not lines[low].strip() or lines[low].lstrip().startswith("#")):
+        low += 1
+    return low + 1
+
+
+def _parsed(lines: list[str], count: int) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = tomllib.loads("\n".join(lines[:count]) + "\n")
+    except (ValueError, RecursionError):
+        return None
+    return values
+
+
+def _defines(value: Any, path: Sequence[str | int]) -> bool:
+    for key in path:
+        if isinstance(value, Mapping) and key in value:
+            value = value[str(key)]
+        elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+            value = value[key]
+        else:
+            return False
+    return True

@@ -1,0 +1,57 @@
+"""The starter files of `memscrub init`: they load, they are examples, and nothing is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memscrub.errors import OutputError, UsageError
+from memscrub.init_files import STARTERS, write_starter
+from memscrub.policy import load_policy
+from memscrub.protected import load_controls, load_protected, load_texts
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_the_starter_loads_and_has_three_examples_with_marked_secrets(name: str, tmp_path: Path) -> None:
+    written = write_starter(tmp_path / "new" / "folder", name)
+    assert [path.name for path in written] == [f"{name}.toml", "protected.jsonl", "retain.txt"]
+    policy = load_policy(written[0])
+    protected = load_protected(policy)
+    assert len(protected) == 3
+    for text in protected:
+        assert bool(text.secrets) == policy.classes[text.class_name].secret
+    assert len(load_controls(policy)) == 0
+    assert len(load_texts(policy.retain_paths)) >= 4
+
+
+@pytest.mark.parametrize("existing", ["release-gate.toml", "protected.jsonl", "retain.txt"])
+def test_nothing_is_written_where_a_file_exists(existing: str, tmp_path: Path) -> None:
+    (tmp_path / existing).write_text("mine")
+    with pytest.raises(OutputError, match=f"{existing}: the file exists already"):
+        write_starter(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [existing]
+    assert (tmp_path / existing).read_text() == "mine"
+
+
+def test_a_dangling_link_counts_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "retain.txt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="exists already"):
+        write_starter(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="choose another directory"):
+        write_starter(tmp_path / "file")
+
+
+def test_an_unknown_policy_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"no policy 'pii-strikt' to start from; did you mean 'pii-strict'\?"
+    ):
+        write_starter(tmp_path, "pii-strikt")
+    with pytest.raises(UsageError, match="there are release-gate, pii-strict, copyright"):
+        write_starter(tmp_path, "../../etc/passwd")
+    assert not list(tmp_path.iterdir())
