@@ -73,9 +73,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a checkpoint's `config.json`; an ArchitectureError for one that is not in the table."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ArchitectureError(
-            "config.json has no model_type; memscrub cannot tell where the output vectors are."
-        )
+        raise ArchitectureError("config.json has no model_type; memscrub cannot tell where the output vectors are.")
     if model_type not in FAMILIES:
         raise ArchitectureError(
             f"the family '{model_type}' is not in memscrub's architecture table; it knows"

@@ -38,7 +38,7 @@ class Demand:
     allowed_run: int | None = None
     window: tuple[int, float] | None = None
     spans: tuple[tuple[int, int, float | None], ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     judged: tuple[tuple[int, int], ...] | None = None
 
     def stretches(self) -> Sequence[tuple[int, int]]:
@@ -87,24 +87,37 @@ def violations(demand: Demand, state: TextState, threshold: float = 0.0) -> int:
 
 
 def extend(
-    demand: Demand, state: TextState, prices: Prices, held: Mapping[int, float], margin: float
+    demand: Demand,
+    state: TextState,
+    prices: Prices,
+    held: Mapping[int, float],
+    margin: float,
+    *,
+    patient: bool = True,
+    threshold: float = 0.0,
 ) -> dict[int, float]:
-    """The break points `{token: margin}` for the next solve: those already held, and what the limits still ask for.
+    """The break points `{token: margin}` for the next solve: those held, and what the limits still ask for.
 
-    Held points count as broken even where the edit has not got there yet: a damped solve is on its way.
+    While `patient`, held points count as broken even where the edit has not got there yet: a damped solve is on
+    its way. After that, points that still stand are stuck, and others are chosen to do their work.
+    A gap above -threshold counts as emitted, as in `violations`.
     """
     margins = dict(held)
+    standing = [value > -threshold and not (patient and token in held) for token, value in enumerate(state.gap)]
     if demand.allowed_run is not None:
-        emitted = [value > 0 and token not in margins for token, value in enumerate(state.gap)]
-        for begin, end in _long_runs(demand, emitted, demand.allowed_run):
-            costs = [prices.cost(token, margin) for token in range(begin, end)]
+        for begin, end in _long_runs(demand, standing, demand.allowed_run):
+            costs = [math.inf if token in held else prices.cost(token, margin) for token in range(begin, end)]
+            if all(map(math.isinf, costs)):
+                continue
             for position in cheapest_cover(costs, demand.allowed_run):
-                margins[begin + position] = margin
+                margins.setdefault(begin + position, margin)
     for begin, end, limit in demand.spans:
-        if all(state.gap[token] > 0 and token not in margins for token in range(begin, end)):
-            margins[min(range(begin, end), key=lambda token: prices.cost(token, margin))] = margin
+        if all(standing[begin:end]):
+            free = [token for token in range(begin, end) if token not in held] or list(range(begin, end))
+            margins.setdefault(min(free, key=lambda token: prices.cost(token, margin)), margin)
         if limit is not None:
-            _deepen(range(begin, end), limit - SPARE, state, prices, margins, margin, demand.sampling.temperature)
+            temperature = demand.sampling.temperature
+            _deepen(range(begin, end), limit - SPARE, state, prices, margins, margin, temperature)
     if demand.window is not None:
         _deepen_windows(demand, state, prices, margins, margin)
     return margins
@@ -166,9 +179,7 @@ def _window_sums(demand: Demand, log_p: Sequence[float], width: int) -> list[tup
     return sums
 
 
-def _expected(
-    token: int, state: TextState, margins: Mapping[int, float], temperature: float
-) -> float:
+def _expected(token: int, state: TextState, margins: Mapping[int, float], temperature: float) -> float:
     """The log-probability a token will have once the held margins are reached."""
     now = state.log_p[token]
     if token not in margins:
@@ -207,9 +218,7 @@ def _deepen(
         expected[token] = _expected(token, state, margins, temperature)
 
 
-def _deepen_windows(
-    demand: Demand, state: TextState, prices: Prices, margins: dict[int, float], margin: float
-) -> None:
+def _deepen_windows(demand: Demand, state: TextState, prices: Prices, margins: dict[int, float], margin: float) -> None:
     assert demand.window is not None
     width, limit = demand.window
     temperature = demand.sampling.temperature

@@ -83,9 +83,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     for shard in shards:
         for name, info in read_header(root / shard, shard).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"Tensor {name!r} is in both {tensors[name].shard} and {shard}; save it again."
-                )
+                raise CheckpointError(f"Tensor {name!r} is in both {tensors[name].shard} and {shard}; save it again.")
             tensors[name] = info
     if index is not None:
         _check_index(index, tensors)
@@ -162,23 +160,17 @@ def _read_object(root: Path, name: str) -> dict[str, Any]:
 def _read_config(root: Path, files: tuple[str, ...]) -> dict[str, Any]:
     """The parsed config.json of an unquantized checkpoint."""
     if any(name.endswith(".gguf") for name in files) and SINGLE not in files and INDEX not in files:
-        raise CheckpointError(
-            f"{root} holds GGUF weights; use the safetensors checkpoint they were made from."
-        )
+        raise CheckpointError(f"{root} holds GGUF weights; use the safetensors checkpoint they were made from.")
     if CONFIG not in files:
         if "adapter_config.json" in files:
-            raise CheckpointError(
-                f"{root} is an adapter; merge it with `merge_and_unload()` and use the result."
-            )
+            raise CheckpointError(f"{root} is an adapter; merge it with `merge_and_unload()` and use the result.")
         raise CheckpointError(f"{root} has no {CONFIG}; name the directory of a Hugging Face checkpoint.")
     config = _read_object(root, CONFIG)
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         known = method if isinstance(method, str) else "an unnamed method"
-        raise CheckpointError(
-            f"The weights are quantized ({known:.40}); fix the original and quantize the result."
-        )
+        raise CheckpointError(f"The weights are quantized ({known:.40}); fix the original and quantize the result.")
     return config
 
 
@@ -191,21 +183,15 @@ def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], d
         return (SINGLE,), None
     if INDEX not in files:
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
-            raise CheckpointError(
-                f"{root} holds pickled weights only, which memscrub never loads; {_CONVERT}."
-            )
+            raise CheckpointError(f"{root} holds pickled weights only, which memscrub never loads; {_CONVERT}.")
         raise CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
     index = _read_object(root, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
-        raise CheckpointError(
-            f"{INDEX} has no weight_map of tensor names to file names; save the checkpoint again."
-        )
+        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names; save the checkpoint again.")
     present = set(files)
     for shard in sorted(set(index.values())):
         if not is_safe_name(shard) or not shard.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{INDEX} names {shard[:200]!r}, which is no safetensors file of this directory."
-            )
+            raise CheckpointError(f"{INDEX} names {shard[:200]!r}, which is no safetensors file of this directory.")
         if shard not in present:
             raise CheckpointError(f"{INDEX} names {shard}, which is missing; download the checkpoint again.")
     return tuple(sorted(set(index.values()))), index
@@ -214,16 +200,12 @@ def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], d
 def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     for name, shard in index.items():
         if name not in tensors:
-            raise CheckpointError(
-                f"{INDEX} names tensor {name[:200]!r}, which {shard} does not hold; save it again."
-            )
+            raise CheckpointError(f"{INDEX} names tensor {name[:200]!r}, which {shard} does not hold; save it again.")
         if tensors[name].shard != shard:
             raise CheckpointError(f"{INDEX} says {name!r} is in {shard}, but it is in {tensors[name].shard}.")
     for name, info in tensors.items():
         if name not in index:
-            raise CheckpointError(
-                f"{info.shard} holds tensor {name!r}, which {INDEX} does not name; save it again."
-            )
+            raise CheckpointError(f"{info.shard} holds tensor {name!r}, which {INDEX} does not name; save it again.")
 
 
 def digest_files(source: Checkpoint | str | Path, *, workers: int | None = None) -> dict[str, str]:

@@ -102,7 +102,7 @@ def _generate(loaded: LoadedModel, given: Sequence[Sequence[int]], length: int) 
     if length < 1:
         return [()] * len(given)
     # No end token: an adversary does not stop at one.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0, use_cache=True)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0, use_cache=True)  # type: ignore[no-untyped-call]
     ids = torch.tensor(given, dtype=torch.long, device=loaded.device)
     with torch.inference_mode():
         out = loaded.model.generate(  # type: ignore[operator]

@@ -40,8 +40,8 @@ def continuation_demand(said: Continuation) -> Demand:
     begin = len(said.opening.given)
     blocks = Levenshtein.opcodes(list(said.opening.truth), list(said.tokens))
     stretches = tuple(
-        (begin + op.dest_start, begin + op.dest_end) for op in blocks if op.tag == "equal" and op.dest_end > op.dest_start
+        (begin + op.dest_start, begin + op.dest_end)
+        for op in blocks
+        if op.tag == "equal" and op.dest_end > op.dest_start
     )
-    return Demand(
-        tokens=said.opening.given + said.tokens, first=begin, allowed_run=AGREEING, judged=stretches
-    )
+    return Demand(tokens=said.opening.given + said.tokens, first=begin, allowed_run=AGREEING, judged=stretches)

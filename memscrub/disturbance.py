@@ -92,7 +92,8 @@ def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
     """One token per position from `[batch, length, vocabulary]`, by the Gumbel-free inverse of the CDF."""
     uniform = torch.rand(*log_p.shape[:-1], 1, generator=generator).to(log_p.device)
     cumulative = log_p.exp().cumsum(-1)
-    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:]).clamp(max=log_p.shape[-1] - 1)
+    drawn: Tensor = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
+    return drawn.clamp(max=log_p.shape[-1] - 1)
 
 
 def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:

@@ -9,6 +9,7 @@ at weights rounded as they will be stored. Knows the model through `trace` only,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -28,6 +29,9 @@ from memscrub.trace import OwnPath, Trace, traced
 COUNT_WEIGHT = 0.3
 # (share of the edit kept, share of the step taken) per round; see `step_of`.
 KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.8, 1.0), (0.9, 1.0), (0.95, 1.0))
+# The gradient of the sum of all gaps also counts what an edit at one token does to later gaps; that makes early,
+# large steps cheaper. Late, small steps need each gap's own gradient, or a gap at an early token never closes.
+OWN_PATH_FROM = 5
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ class EditableModel:
         for site, delta, kept in zip(self.sites, deltas, self.deltas, strict=True):
             kept.copy_(delta)
             original = as_columns(self.originals[site.tensor], site.orientation)
-            value = original.float() + delta
+            value = (original.float() + delta).to(self.stored[site.name])
             if not bool(torch.isfinite(value).all()):
                 raise NumericalError(f"the edit of '{site.name}' is not finite; it was rolled back.")
-            self.loaded.weight(site).copy_(value.to(self.stored[site.name]))
+            self.loaded.weight(site).copy_(value)
 
     def restore(self) -> None:
         """Put the original weights back, bit for bit."""
@@ -120,6 +124,7 @@ class JointEdit:
     held: list[dict[int, float]] = field(default_factory=list)
     cost: float = 0.0
     active: int = 0
+    steps: int = 0  # taken so far, over all runs: a later run goes on with small steps
 
     def demand(self, demands: Sequence[Demand]) -> None:
         """Add demands; their prices are taken at the weights as they are now."""
@@ -163,7 +168,8 @@ class JointEdit:
             progress(number, len(found.unmet))
             if number == rounds or not any(self.held) or _settled(best[1], number):
                 break
-            self.cost, self.active = _step(self, found, *step_of(number))
+            self.cost, self.active = _step(self, found, *step_of(self.steps))
+            self.steps += 1
         assert best is not None
         self.editable.apply(best[2])
         self.cost, self.active = best[1].cost, best[1].active
@@ -196,9 +202,7 @@ def _step(edit: JointEdit, found: _Round, kept: float, share: float) -> tuple[fl
         bounds += (1 - kept) * ((linear.gradients @ change) * linear.activations).sum(-1)
     solution = least_disturbing_edit(found.sites, edit.metrics, bounds)
     deltas = []
-    for site, delta, left, right in zip(
-        editable.sites, editable.deltas, solution.left, solution.right, strict=True
-    ):
+    for site, delta, left, right in zip(editable.sites, editable.deltas, solution.left, solution.right, strict=True):
         target = kept * delta
         if site.columns is None:
             target += left.T @ right
@@ -226,11 +230,20 @@ def _linearise(edit: JointEdit, at: Sequence[Site] | None = None) -> _Round:
     gradients: list[list[Tensor]] = [[] for _ in sites]
     gaps, margins, unmet = [], [], []
     owners: list[int] = []
-    for batch, trace, logits, states in _passes(editable, sites, demands, settings):
+    path = OwnPath() if edit.steps >= OWN_PATH_FROM else nullcontext()
+    for batch, trace, logits, states in _passes(editable, sites, demands, settings, path):
         for index, state in zip(batch, states, strict=True):
             if violations(demands[index], state, NOISE[editable.loaded.dtype]):
                 unmet.append(index)
-            held[index] = extend(demands[index], state, edit.prices[index], held[index], settings.margin)
+            held[index] = extend(
+                demands[index],
+                state,
+                edit.prices[index],
+                held[index],
+                settings.margin,
+                patient=edit.steps < len(KEPT) - 1,
+                threshold=NOISE[editable.loaded.dtype],
+            )
         rows = torch.tensor([row for row, index in enumerate(batch) for _ in held[index]], dtype=torch.long)
         tokens = torch.tensor([token for index in batch for token in held[index]], dtype=torch.long)
         if not len(rows):
@@ -247,11 +260,7 @@ def _linearise(edit: JointEdit, at: Sequence[Site] | None = None) -> _Round:
         owners += [index for index in batch for _ in held[index]]
     device = editable.loaded.device
     return _Round(
-        [
-            Linearised(torch.cat(a), torch.cat(g))
-            for a, g in zip(activations, gradients, strict=True)
-            if a
-        ],
+        [Linearised(torch.cat(a), torch.cat(g)) for a, g in zip(activations, gradients, strict=True) if a],
         torch.cat(gaps) if gaps else torch.empty(0, device=device),
         torch.tensor(margins, device=device),
         owners,
@@ -260,14 +269,18 @@ def _linearise(edit: JointEdit, at: Sequence[Site] | None = None) -> _Round:
 
 
 def _passes(
-    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], settings: EditSettings
+    editable: EditableModel,
+    sites: Sequence[Site],
+    demands: Sequence[Demand],
+    settings: EditSettings,
+    path: AbstractContextManager[object],
 ) -> Iterator[tuple[list[int], Trace, Tensor, list[TextState]]]:
     """Forward passes over the demands' sequences, traced: batch of indices, trace, logits and the texts' states."""
     loaded = editable.loaded
     budget = loaded.batch_tokens(settings.batch_tokens, gradients=True)
     for batch in batches([len(demand.tokens) for demand in demands], budget):
         ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
-        with traced(loaded, sites) as trace:
+        with path, traced(loaded, sites) as trace:
             logits = loaded.logits(ids)
             detached = logits.detach()[:, :-1]
             states = []
@@ -278,9 +291,7 @@ def _passes(
 
 
 def _state(scores: Scores, length: int) -> TextState:
-    gap, log_p, rest = (
-        [0.0, *values[: length - 1].tolist()] for values in (scores.gap, scores.log_p, scores.rest)
-    )
+    gap, log_p, rest = ([0.0, *values[: length - 1].tolist()] for values in (scores.gap, scores.log_p, scores.rest))
     return TextState(gap, log_p, rest)
 
 
@@ -300,15 +311,8 @@ def prices(
     Each token's price is that of its own path (`trace.OwnPath`). With the unseparated gradient of the sum instead,
     the chosen points cost several times more disturbance (docs/lab-notes.md).
     """
-    with OwnPath():
-        return _prices(editable, metrics, demands, settings)
-
-
-def _prices(
-    editable: EditableModel, metrics: Sequence[Metric], demands: Sequence[Demand], settings: EditSettings
-) -> list[Prices]:
     found: dict[int, Prices] = {}
-    for batch, trace, logits, states in _passes(editable, editable.sites, demands, settings):
+    for batch, trace, logits, states in _passes(editable, editable.sites, demands, settings, OwnPath()):
         ids = pad([demands[index].tokens for index in batch]).to(logits.device)
         targets = ids[:, 1:, None]
         others = logits.detach()[:, :-1].scatter(-1, targets, -torch.inf).argmax(-1, keepdim=True)

@@ -18,10 +18,10 @@ from memscrub.demands import continuation_demand, demand_of
 from memscrub.disturbance import Metric, measure_disturbance
 from memscrub.edit import EditableModel, EditOutcome, EditSettings, JointEdit
 from memscrub.errors import UsageError
-from memscrub.locality import RetainHalves
+from memscrub.locality import START, RetainHalves
 from memscrub.measure import Measured, Progress, measure, silent
 from memscrub.model import LoadedModel, Site, name_on_disk, sites_of
-from memscrub.scan import Inputs
+from memscrub.scanning import Inputs
 from memscrub.solver import Linearised
 from memscrub.tokens import prompted
 from memscrub.trace import weights_swapped
@@ -65,7 +65,7 @@ def make_edit(inputs: Inputs, halves: RetainHalves, *, progress: Progress = sile
     )
     rounds = 0
     edit.demand([demand_of(text, inputs.policy.classes[text.class_name], inputs.policy.probe) for text in inputs.texts])
-    stages = [fix.sites]
+    stages: list[str] = [fix.sites]
     outcome, rounds = _run_stage(inputs, edit, progress)
     if outcome.unmet and fix.fallback == "attention" and fix.sites == "mlp":
         heads, metrics = _heads(inputs, edit, outcome, halves, progress)
@@ -78,12 +78,12 @@ def make_edit(inputs: Inputs, halves: RetainHalves, *, progress: Progress = sile
 
 
 def statistics_rows(loaded: LoadedModel, solver: Tensor) -> tuple[Tensor, Tensor]:
-    """The solver's text twice: as a running stream, and with each row at the beginning of a text.
+    """The solver's text as a running stream, and the first tokens of each row at the beginning of a text.
 
     With the stream alone, an edit can hide in what sets the beginning of a text apart: it looks cheap on the
     statistics and damages the start of every prompt (docs/lab-notes.md).
     """
-    return solver, prompted(loaded, solver)
+    return solver, prompted(loaded, solver[:, :START])
 
 
 def stored_dtypes(inputs: Inputs, sites: Sequence[Site]) -> dict[str, torch.dtype]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memscrub.errors import NumericalError
 from memscrub.model import LoadedModel
 from memscrub.tokens import TokenText, batches, pad
 
@@ -63,9 +64,7 @@ def score(
             logits = loaded.logits(ids)[:, :-1]
             for rows, kind in _by_sampling([sampling(texts[i]) for i in batch]):
                 whole = len(rows) == len(batch)  # a copy of all logits only where kinds are mixed
-                part = score_logits(
-                    logits if whole else logits[rows], ids[:, 1:] if whole else ids[rows, 1:], kind
-                )
+                part = score_logits(logits if whole else logits[rows], ids[:, 1:] if whole else ids[rows, 1:], kind)
                 for row, scores in zip(rows, part, strict=True):
                     end = len(texts[batch[row]].tokens) - 1
                     found[batch[row]] = Scores(*(value[:end] for value in (scores.gap, scores.log_p, scores.rest)))
@@ -77,20 +76,21 @@ def score_logits(logits: Tensor, targets: Tensor, sampling: Sampling) -> Iterato
     """Scores per row from logits `[batch, length, vocabulary]` and the true next tokens `[batch, length]`."""
     vocabulary = logits.shape[-1]
     k = min(sampling.top_k, vocabulary)
-    top = logits.topk(min(max(k, 2), vocabulary), dim=-1).values
+    top, indices = logits.topk(min(max(k, 2), vocabulary), dim=-1)
     target = logits.gather(-1, targets[..., None])[..., 0]
     # Ties count for the adversary: the true token at the same logit as the best other is taken as emitted.
     # The best other token is the second best exactly when the true one is (or ties) the best.
     best_other = torch.where(target >= top[..., 0], top[..., 1 if vocabulary > 1 else 0], top[..., 0])
     scaled = top[..., :k] / sampling.temperature
     total = scaled.logsumexp(-1)
+    if not bool(torch.isfinite(total).all()):  # NaN is never the best: everything would pass as safe
+        raise NumericalError("the model's output is not finite; nothing can be measured on this checkpoint.")
     log_p = target / sampling.temperature - total
     log_p = torch.where(target >= top[..., k - 1], log_p, torch.full_like(log_p, IMPOSSIBLE))
     # The others' mass within the top k, relative to the best other: total = log(e^target + e^(best + rest)).
     gap = target - best_other
-    others = total - best_other / sampling.temperature
-    inside = (others.exp() - (gap / sampling.temperature).exp()).clamp(min=1.0)
-    rest = torch.where(log_p == IMPOSSIBLE, others, inside.log())
+    others = scaled.masked_fill(indices[..., :k] == targets[..., None], -torch.inf).logsumexp(-1)
+    rest = others - best_other / sampling.temperature
     for row in zip(gap.cpu(), log_p.cpu(), rest.clamp(min=0.0).cpu(), strict=True):
         yield Scores(*row)
 

@@ -109,9 +109,7 @@ def list_files(
     return tuple(sorted(names))
 
 
-def _check_entry(
-    entry: os.DirEntry[str], name: str, error: type[MemscrubError], link_roots: Sequence[Path]
-) -> None:
+def _check_entry(entry: os.DirEntry[str], name: str, error: type[MemscrubError], link_roots: Sequence[Path]) -> None:
     """Raise `error` unless the entry is a regular file, or an allowed link to one."""
     try:
         name.encode("utf-8")
@@ -122,9 +120,7 @@ def _check_entry(
         if entry.is_symlink():
             path = path.resolve(strict=True)
             if not any(path.is_relative_to(allowed) for allowed in link_roots):
-                raise error(
-                    f"{name} is a link that leads out of its directory; replace it with a copy of the file."
-                )
+                raise error(f"{name} is a link that leads out of its directory; replace it with a copy of the file.")
         regular = stat.S_ISREG(path.lstat().st_mode)
     except (OSError, RuntimeError):  # RuntimeError: a cyclic link before Python 3.13
         raise error(f"{name} is a link that leads nowhere or in a circle; delete or replace it.") from None

@@ -116,6 +116,4 @@ def _write_all(folder: Path, contents: dict[Path, bytes]) -> None:
     except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
-        raise OutputError(
-            f"{folder}: cannot write there ({error.strerror}); choose another directory."
-        ) from None
+        raise OutputError(f"{folder}: cannot write there ({error.strerror}); choose another directory.") from None

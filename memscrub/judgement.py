@@ -110,6 +110,4 @@ def _at_most(name: str, allowed: float, measured: float) -> Finding:
 
 
 def _probability(limit: float, log_probability: float) -> Finding:
-    return Finding(
-        "max_sampling_probability", limit, math.exp(log_probability), log_probability <= math.log(limit)
-    )
+    return Finding("max_sampling_probability", limit, math.exp(log_probability), log_probability <= math.log(limit))

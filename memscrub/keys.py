@@ -103,13 +103,9 @@ def generate_keypair(
     for path in (private, public):
         if os.path.lexists(path):
             raise OutputError(f"{path} exists already; choose another name, keys are never overwritten.")
-    key = (
-        ec.generate_private_key(ec.SECP256R1()) if kind == "ec-p256" else ed25519.Ed25519PrivateKey.generate()
-    )
+    key = ec.generate_private_key(ec.SECP256R1()) if kind == "ec-p256" else ed25519.Ed25519PrivateKey.generate()
     encryption = (
-        serialization.NoEncryption()
-        if password is None
-        else serialization.BestAvailableEncryption(password.encode())
+        serialization.NoEncryption() if password is None else serialization.BestAvailableEncryption(password.encode())
     )
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     public_pem = key.public_key().public_bytes(
@@ -137,14 +133,10 @@ def load_private_key(path: str | Path, password: str | None) -> PrivateKey:
     try:
         key = load_pem_private_key(_read_key(path), None if password is None else password.encode())
     except TypeError:  # the library's way to say that a password is missing, or given and not needed
-        state = (
-            "is encrypted; give its password" if password is None else "is not encrypted; give no password"
-        )
+        state = "is encrypted; give its password" if password is None else "is not encrypted; give no password"
         raise UsageError(f"The private key {path} {state}.") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(
-            f"{path} is not a PEM private key, or the password is wrong; {_SUPPORTED}."
-        ) from None
+        raise UsageError(f"{path} is not a PEM private key, or the password is wrong; {_SUPPORTED}.") from None
     if not isinstance(key, EllipticCurvePrivateKey | Ed25519PrivateKey):
         raise UsageError(f"{path} is of an unsupported kind; {_SUPPORTED}.")
     return PrivateKey(_public(key.public_key(), Path(path)), key)
@@ -194,9 +186,7 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
             os.fchmod(handle, mode)  # the umask may have taken the public file's read bits away
             file.write(data)
     except FileExistsError:
-        raise OutputError(
-            f"{path} exists already; choose another name, keys are never overwritten."
-        ) from None
+        raise OutputError(f"{path} exists already; choose another name, keys are never overwritten.") from None
     except PermissionError as problem:
         raise OutputError(f"{path} cannot be written: {problem.strerror}.") from None
     except OSError as problem:

@@ -55,9 +55,7 @@ def measure(
         batch_tokens=probe.batch_tokens,
         progress=lambda done: progress("teacher-forced pass", done, len(texts)),
     )
-    found = [
-        _measure_one(loaded, policy, text, each) for text, each in zip(texts, scores, strict=True)
-    ]
+    found = [_measure_one(loaded, policy, text, each) for text, each in zip(texts, scores, strict=True)]
     asked = [i for i, text in enumerate(texts) if policy.classes[text.class_name].max_near_verbatim is not None]
     starts = openings(
         [texts[i] for i in asked],

@@ -128,7 +128,7 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(ckpt.path, **local)
             tokenizer = AutoTokenizer.from_pretrained(ckpt.path, **local)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 ckpt.path,
                 config=config,
                 dtype=arithmetic,
@@ -142,9 +142,10 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -
             f"{ckpt.path}: transformers cannot load this checkpoint ({reason[:300]}); check that config.json,"
             " the tokenizer files and the shards belong together."
         ) from error
+    model, info = found
     _check_loading(ckpt, info)
     # A checkpoint's own generation settings (sampling, penalties, end tokens) would hide what it knows.
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     model = model.to(where).eval().requires_grad_(False)
     _check_finite(ckpt, model)
     begin = tokenizer.bos_token_id
@@ -178,9 +179,7 @@ def sites_of(
     assert isinstance(blocks, nn.ModuleList)
     wanted = range(len(blocks)) if layers is None else layers
     if missing := [layer for layer in wanted if layer >= len(blocks)]:
-        raise UsageError(
-            f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}."
-        )
+        raise UsageError(f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}.")
     found = []
     for kind in kinds:
         path = family.mlp if kind == "mlp" else family.attention
@@ -229,9 +228,7 @@ def _check_loading(ckpt: Checkpoint, info: Mapping[str, Any]) -> None:
             " the checkpoint is incomplete."
         )
     if wrong := sorted(str(item) for item in info.get("mismatched_keys") or ()):
-        raise CheckpointError(
-            f"{ckpt.path}: a weight does not have the shape config.json asks for: {wrong[0][:200]}."
-        )
+        raise CheckpointError(f"{ckpt.path}: a weight does not have the shape config.json asks for: {wrong[0][:200]}.")
 
 
 def _check_finite(ckpt: Checkpoint, model: nn.Module) -> None:
@@ -246,8 +243,9 @@ def _check_finite(ckpt: Checkpoint, model: nn.Module) -> None:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars or chatter of transformers while loading; its settings are put back afterwards."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -34,20 +34,12 @@ def disk_errors(place: Path) -> Iterator[None]:
     except OSError as problem:
         name = place if problem.filename is None else problem.filename
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise IncompleteError(
-                f"No space is left for {place}; free some space and run again."
-            ) from problem
+            raise IncompleteError(f"No space is left for {place}; free some space and run again.") from problem
         if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise OutputError(
-                f"{name} cannot be written ({problem.strerror}); choose another place."
-            ) from problem
+            raise OutputError(f"{name} cannot be written ({problem.strerror}); choose another place.") from problem
         if problem.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP):
-            raise OutputError(
-                f"{name} cannot be used ({problem.strerror}); choose another place."
-            ) from problem
-        raise IncompleteError(
-            f"{name} could not be read or written: {problem.strerror or problem}."
-        ) from problem
+            raise OutputError(f"{name} cannot be used ({problem.strerror}); choose another place.") from problem
+        raise IncompleteError(f"{name} could not be read or written: {problem.strerror or problem}.") from problem
 
 
 def refuse_overlap(out: Path, source: Path) -> None:
@@ -140,9 +132,7 @@ class PartialDirectory:
                 os.rename(self.target, self._replaced)
             try:
                 os.rename(self.path, self.target)
-            except (
-                BaseException
-            ):  # an interrupt between the two renames must not lose the old directory either
+            except BaseException:  # an interrupt between the two renames must not lose the old directory either
                 self._recover()
                 raise
             self.committed = True
@@ -170,9 +160,7 @@ class PartialDirectory:
                     self._check_lock(lock)
                     self._lock = lock
                     return
-            os.close(
-                lock
-            )  # its previous holder deleted the file between our open and our lock: try the new one
+            os.close(lock)  # its previous holder deleted the file between our open and our lock: try the new one
 
     def _check_lock(self, lock: int) -> None:
         # Ours are empty. `--out poetry` must not take over, and in the end delete, somebody's `poetry.lock`.

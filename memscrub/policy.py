@@ -105,9 +105,7 @@ def parse_policy(data: bytes, path: Path = Path("policy.toml")) -> Policy:
         raise PolicyError(at_line(path, 1, "the policy is empty; `memscrub init` writes one to start from."))
     schema = raw.get("schema", 1)
     if type(schema) is not int or schema != 1:
-        message = (
-            "this version of memscrub knows only schema 1; write schema = 1 or install a newer memscrub."
-        )
+        message = "this version of memscrub knows only schema 1; write schema = 1 or install a newer memscrub."
         raise PolicyError(at_line(path, line_of(text, ("schema",)), message))
     try:
         policy = Policy.model_validate(raw)
@@ -147,9 +145,7 @@ def _check_file(policy: Policy, keys: tuple[str, str], name: str, data: bytes) -
         problem = "cannot be read; check its permissions."
     else:
         siblings = _names_in(target.parent)
-        problem = "does not exist; " + did_you_mean(
-            target.name, siblings, otherwise=f"looked in {target.parent}."
-        )
+        problem = "does not exist; " + did_you_mean(target.name, siblings, otherwise=f"looked in {target.parent}.")
     line = line_of(decode(data, policy.path), keys)
     raise PolicyError(at_line(policy.path, line, f"{keys[1]} in [{keys[0]}] names {name!r}, which {problem}"))
 

@@ -57,9 +57,7 @@ def read_source(path: Path) -> bytes:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise PolicyError(
-            f"{path}: there is no such policy file; `memscrub init` writes one to start from."
-        ) from None
+        raise PolicyError(f"{path}: there is no such policy file; `memscrub init` writes one to start from.") from None
     except IsADirectoryError:
         raise PolicyError(
             f"{path}: this is a directory; name the policy file in it, for example policy.toml."
@@ -91,22 +89,16 @@ def syntax_problem(error: Exception, text: str, path: Path) -> str:
         hint = "check quotes, brackets and = signs (a text needs quotes)."
         return at_line(path, line, f"not valid TOML at column {column} ({what}); {hint}")
     if "end of document" in str(error):
-        return at_line(
-            path, text.count("\n") + 1, "the file ends within a value; close its quote or bracket."
-        )
+        return at_line(path, text.count("\n") + 1, "the file ends within a value; close its quote or bracket.")
     return at_line(path, 1, "not valid TOML (a number is too long or lists are too deep); simplify it.")
 
 
-def first_problem(
-    problems: Sequence[Mapping[str, Any]], model: type[BaseModel], text: str, path: Path
-) -> str:
+def first_problem(problems: Sequence[Mapping[str, Any]], model: type[BaseModel], text: str, path: Path) -> str:
     """One sentence about the problem that comes first in the file, and how many more there are."""
     unknown = [tuple(p["loc"]) for p in problems if p["type"] == "extra_forbidden"]
     # A misspelt required key is one mistake, not an unknown key and a missing one.
     kept = [p for p in problems if p["type"] != "missing" or not _misspelt(tuple(p["loc"]), unknown)]
-    placed = sorted(
-        ((line_of(text, p["loc"]), n) for n, p in enumerate(kept[:MAX_PLACED])), key=lambda item: item[0]
-    )
+    placed = sorted(((line_of(text, p["loc"]), n) for n, p in enumerate(kept[:MAX_PLACED])), key=lambda item: item[0])
     line, index = placed[0]
     more = len(kept) - 1
     count = f" ({more} more problem{'s' if more > 1 else ''} in this file.)" if more else ""
@@ -180,11 +172,7 @@ def _homes(model: type[BaseModel], key: str) -> Iterable[str]:
             )
         inner = section_model(field)
         if inner is not None and key in inner.model_fields:
-            yield (
-                f"in [{_alias(name, field)}]"
-                if _alias(name, field) != "class"
-                else "in a [class.NAME] section"
-            )
+            yield (f"in [{_alias(name, field)}]" if _alias(name, field) != "class" else "in a [class.NAME] section")
 
 
 def _alias(name: str, field: FieldInfo) -> str:

@@ -33,14 +33,8 @@ def _layers(value: Any) -> Literal["all"] | tuple[int, ...]:
     # By hand, because a pydantic union would report one error per alternative.
     if value == "all":
         return "all"
-    if (
-        not isinstance(value, list | tuple)
-        or not value
-        or any(type(item) is not int or item < 0 for item in value)
-    ):
-        raise ValueError(
-            'must be "all" or a list of layer numbers from 0; write for example layers = [2, 3, 4]'
-        )
+    if not isinstance(value, list | tuple) or not value or any(type(item) is not int or item < 0 for item in value):
+        raise ValueError('must be "all" or a list of layer numbers from 0; write for example layers = [2, 3, 4]')
     return _distinct(tuple(value))
 
 
@@ -105,23 +99,13 @@ class ClassLimits(Section):
 class Probe(Section):
     """How the model is asked."""
 
-    prefix_tokens: Count = Field(
-        default=50, description="Discoverable extraction: tokens of true text that are given."
-    )
-    suffix_tokens: Count = Field(
-        default=50, description="Discoverable extraction: tokens that must follow exactly."
-    )
-    near_verbatim_prefix: Count = Field(
-        default=32, description="Near-verbatim: tokens of true text that are given."
-    )
-    near_verbatim_tokens: Count = Field(
-        default=48, description="Near-verbatim: tokens of own continuation compared."
-    )
+    prefix_tokens: Count = Field(default=50, description="Discoverable extraction: tokens of true text that are given.")
+    suffix_tokens: Count = Field(default=50, description="Discoverable extraction: tokens that must follow exactly.")
+    near_verbatim_prefix: Count = Field(default=32, description="Near-verbatim: tokens of true text that are given.")
+    near_verbatim_tokens: Count = Field(default=48, description="Near-verbatim: tokens of own continuation compared.")
     offsets: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], Strict(False), Field(min_length=1), AfterValidator(_distinct)
-    ] = Field(
-        default=(0, 8, 16), description="Near-verbatim: where in the text the given prefix starts, in tokens."
-    )
+    ] = Field(default=(0, 8, 16), description="Near-verbatim: where in the text the given prefix starts, in tokens.")
     min_prefix_tokens: Count = Field(
         default=1, description="Positions before this many tokens of the text are not judged."
     )
@@ -149,9 +133,7 @@ class Locality(Section):
     max_kl: float = Field(
         default=0.01, gt=0, description="Mean KL divergence of the edited from the original model, nats."
     )
-    max_perplexity_ratio: float = Field(
-        default=1.01, ge=1, description="Perplexity after the edit over that before."
-    )
+    max_perplexity_ratio: float = Field(default=1.01, ge=1, description="Perplexity after the edit over that before.")
     min_agreement: Share = Field(
         default=0.95, description="Share of positions where the likeliest token stays the same."
     )
@@ -178,9 +160,7 @@ class Fix(Section):
         default="mlp+attention", description="Which output projections may be edited."
     )
     margin: float = Field(default=0.3, gt=0, description="Logits by which the other token must win.")
-    rounds: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=12, description="Solve and measure at most this often."
-    )
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(default=12, description="Solve and measure at most this often.")
     layers: Annotated[Literal["all"] | tuple[int, ...], PlainValidator(_layers)] = Field(
         default="all", examples=[[2, 3, 4]], description='`"all"`, or the layer numbers that may be edited.'
     )

@@ -44,9 +44,7 @@ class ProtectedText:
 
     def __repr__(self) -> str:
         size = f"{len(self.text)} characters, {len(self.secrets)} secrets"
-        return (
-            f"ProtectedText(id={self.id!r}, class_name={self.class_name!r}, {size}, {self.file}:{self.line})"
-        )
+        return f"ProtectedText(id={self.id!r}, class_name={self.class_name!r}, {size}, {self.file}:{self.line})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +128,7 @@ def _load(policy: Policy, names: Iterable[str]) -> ProtectedList:
             text = _protected_text(policy, path, row, number)
             if text.id in seen:
                 first = seen[text.id]
-                message = (
-                    f"id {text.id!r} is taken by {first.file}:{first.line}; give every text an id of its own."
-                )
+                message = f"id {text.id!r} is taken by {first.file}:{first.line}; give every text an id of its own."
                 raise refusal(path, row.line, message)
             seen[text.id] = text
             # Only what is judged identically may go: the same text with another secret has more to lose.
@@ -188,17 +184,13 @@ def _check_string(path: Path, row: Row, key: str, value: Any) -> None:
     if not isinstance(value, str):
         raise refusal(path, row.line, f"{key} must be a string, not {_kind(value)}; put it in double quotes.")
     if not value.strip():
-        raise refusal(
-            path, row.line, f"{key} is empty; fill it in or drop {'the line' if key == 'text' else 'it'}."
-        )
+        raise refusal(path, row.line, f"{key} is empty; fill it in or drop {'the line' if key == 'text' else 'it'}.")
     if "\0" in value:
         raise refusal(path, row.line, f"{key} contains a NUL character; save the file as plain UTF-8 text.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        message = (
-            f"{key} contains half a character (a lone surrogate such as \\ud800); write the character itself."
-        )
+        message = f"{key} contains half a character (a lone surrogate such as \\ud800); write the character itself."
         raise refusal(path, row.line, message) from None
 
 

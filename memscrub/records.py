@@ -57,9 +57,7 @@ def policy_record(policy: Policy) -> PolicyRecord:
 def protected_record(policy: Policy, texts: ProtectedList) -> ProtectedRecord:
     """The protected list by its size and, with the policy's key, by a digest nobody can guess texts against."""
     key = None if policy.report.key is None else _read_key(policy.resolve(policy.report.key))
-    return ProtectedRecord(
-        len(texts), len(texts.duplicates), None if key is None else list_digest(texts.texts, key)
-    )
+    return ProtectedRecord(len(texts), len(texts.duplicates), None if key is None else list_digest(texts.texts, key))
 
 
 def text_records(
@@ -75,9 +73,7 @@ def text_records(
         record = TextRecord(text.id, text.class_name, measures, judge(measures, limits))
         if after is not None:
             now = after[index]
-            record = TextRecord(
-                text.id, text.class_name, measures, record.before_judgement, now, judge(now, limits)
-            )
+            record = TextRecord(text.id, text.class_name, measures, record.before_judgement, now, judge(now, limits))
         records.append(record)
     return tuple(records)
 

@@ -136,6 +136,4 @@ def _check_contiguous(tensors: list[TensorInfo], shard: str, start: int, file_si
 
 
 def _malformed(shard: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"The safetensors header of {shard} is malformed: {why}; download or save the file again."
-    )
+    return CheckpointError(f"The safetensors header of {shard} is malformed: {why}; download or save the file again.")

@@ -27,16 +27,12 @@ def secret_spans(path: Path, row: Row, written: str) -> Spans:
             wrong = f"secret [{start}, {end}] is outside its text or empty"
             message = f"{wrong}; {size}, offsets count from 0 and the end is excluded."
             raise refusal(path, row.line, message)
-    mapped = tuple(
-        (_normal_offset(written, start, -1), _normal_offset(written, end, 1)) for start, end in spans
-    )
+    mapped = tuple((_normal_offset(written, start, -1), _normal_offset(written, end, 1)) for start, end in spans)
     # Checked after normalisation too: two spans may share one composed character.
     for both in (spans, mapped):
         for (_, end), (start, _) in pairwise(both):
             if start < end:
-                raise refusal(
-                    path, row.line, "two secrets overlap; mark each character once, or join the two."
-                )
+                raise refusal(path, row.line, "two secrets overlap; mark each character once, or join the two.")
     return mapped
 
 

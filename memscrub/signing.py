@@ -140,15 +140,11 @@ def sign_report(
     manifest = _verified_manifest(root, key.public, list_files(root, error=UsageError))
     digest = digest_names(root, [REPORT])[REPORT]
     if manifest.get(REPORT) != digest:
-        raise SignatureInvalidError(
-            f"{SIGNATURE} does not cover {REPORT} as it is; sign the directory again."
-        )
+        raise SignatureInvalidError(f"{SIGNATURE} does not cover {REPORT} as it is; sign the directory again.")
     subjects = {_model_name(root): root_digest(manifest), REPORT: digest}
     result = test_result(passed, policy_digests, passed_tests, failed_tests)
     written = [root / REPORT_ENVELOPE]
-    write_json(
-        written[0], key.envelope(statement_bytes(subjects, TEST_RESULT_PREDICATE, result), PAYLOAD_TYPE)
-    )
+    write_json(written[0], key.envelope(statement_bytes(subjects, TEST_RESULT_PREDICATE, result), PAYLOAD_TYPE))
     if not passed:
         (root / SUMMARY_ENVELOPE).unlink(missing_ok=True)
         return tuple(written)
@@ -158,9 +154,7 @@ def sign_report(
     return tuple(written)
 
 
-def verify_directory(
-    directory: str | Path, public_key: str | Path, *, workers: int | None = None
-) -> Verification:
+def verify_directory(directory: str | Path, public_key: str | Path, *, workers: int | None = None) -> Verification:
     """Check every signature and every byte of a signed directory, offline.
 
     Raises:
@@ -201,28 +195,17 @@ def _verified_manifest(root: Path, key: PublicKey, present: Sequence[str]) -> di
         raise SignatureInvalidError(f"{root} carries no signature: it has no {SIGNATURE}.")
     bundle = _read_json(root, SIGNATURE)
     material = bundle.get("verificationMaterial")
-    if (
-        set(bundle) != {"mediaType", "verificationMaterial", "dsseEnvelope"}
-        or bundle["mediaType"] != BUNDLE_TYPE
-    ):
+    if set(bundle) != {"mediaType", "verificationMaterial", "dsseEnvelope"} or bundle["mediaType"] != BUNDLE_TYPE:
         raise SignatureInvalidError(f"{SIGNATURE} is not a model signature bundle.")
-    if (
-        not isinstance(material, dict)
-        or set(material) != {"publicKey", "tlogEntries"}
-        or material["tlogEntries"]
-    ):
-        raise SignatureInvalidError(
-            f"{SIGNATURE} was not made with a key pair; verify it with model_signing."
-        )
+    if not isinstance(material, dict) or set(material) != {"publicKey", "tlogEntries"} or material["tlogEntries"]:
+        raise SignatureInvalidError(f"{SIGNATURE} was not made with a key pair; verify it with model_signing.")
     if material["publicKey"] != {"hint": key.key_id}:
         raise SignatureInvalidError(f"{SIGNATURE} was made with another key than {key.path.name}.")
     statement = _open_envelope(bundle["dsseEnvelope"], SIGNATURE, key, key_id="")
     subjects, predicate = check_statement(statement, SIGNATURE, MODEL_PREDICATE)
     manifest = parse_manifest(predicate)
     if list(subjects.values()) != [root_digest(manifest)]:
-        raise SignatureInvalidError(
-            f"{SIGNATURE} contradicts itself: its root digest is not that of its files."
-        )
+        raise SignatureInvalidError(f"{SIGNATURE} contradicts itself: its root digest is not that of its files.")
     return manifest
 
 
@@ -267,9 +250,7 @@ def _verify_statement(
     if report != manifest[REPORT]:
         raise SignatureInvalidError(f"{file} speaks of another {REPORT} than the one that is there.")
     if list(subjects.values()) != [root_digest(manifest)]:
-        raise SignatureInvalidError(
-            f"{file} speaks of another checkpoint than the one that {SIGNATURE} covers."
-        )
+        raise SignatureInvalidError(f"{file} speaks of another checkpoint than the one that {SIGNATURE} covers.")
     return Statement(file, predicate_type, predicate)
 
 

@@ -45,9 +45,7 @@ class Solution:
     active: int
 
 
-def least_disturbing_edit(
-    sites: Sequence[Linearised], metrics: Sequence[Metric], bounds: Tensor
-) -> Solution:
+def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric], bounds: Tensor) -> Solution:
     """Solve for the edit; `bounds` `[n]` is b, so the edit changes functional j by at most b_j.
 
     Time n^2 (f + d) + n^3 per site and n^2 memory for the kernel. Raises NumericalError when the constraints
@@ -56,16 +54,16 @@ def least_disturbing_edit(
     right = [metric.solve_inputs(site.activations) for site, metric in zip(sites, metrics, strict=True)]
     left = [metric.solve_outputs(site.gradients) for site, metric in zip(sites, metrics, strict=True)]
     kernel = torch.zeros(len(bounds), len(bounds), dtype=torch.float32, device=bounds.device)
-    for site, l, r in zip(sites, left, right, strict=True):
-        kernel += (site.activations @ r.T) * (site.gradients @ l.T)
+    for site, writes, reads in zip(sites, left, right, strict=True):
+        kernel += (site.activations @ reads.T) * (site.gradients @ writes.T)
     if not bool(torch.isfinite(kernel).all()) or not bool(torch.isfinite(bounds).all()):
         raise NumericalError("the edit's equations are not finite; the edit was rolled back.")
     multipliers = complementary(kernel, bounds)
     pressing = multipliers > 0
     weights = -multipliers[pressing].float()
     return Solution(
-        left=[weights[:, None] * l[pressing] for l in left],
-        right=[r[pressing] for r in right],
+        left=[weights[:, None] * writes[pressing] for writes in left],
+        right=[reads[pressing] for reads in right],
         cost=float(0.5 * multipliers @ (kernel.double() @ multipliers)),
         active=int(pressing.sum()),
     )

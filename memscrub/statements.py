@@ -125,9 +125,7 @@ def parse_manifest(predicate: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(serialization, dict) or not isinstance(resources, list):
         raise SignatureInvalidError(f"{SIGNATURE} lists no files.")
     if serialization.get("method") != "files" or serialization.get("hash_type") != "sha256":
-        raise SignatureInvalidError(
-            f"{SIGNATURE} does not list SHA-256 digests of whole files; sign it again."
-        )
+        raise SignatureInvalidError(f"{SIGNATURE} does not list SHA-256 digests of whole files; sign it again.")
     manifest: dict[str, str] = {}
     for entry in resources:
         if not isinstance(entry, dict) or set(entry) != {"name", "algorithm", "digest"}:

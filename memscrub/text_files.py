@@ -127,13 +127,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             hint = 'write one object per line, for example {"id": "a", "text": "..."}.'
             raise refusal(path, number, f"not valid JSON at column {error.colno}; {hint}") from None
         except (ValueError, RecursionError):
-            raise refusal(
-                path, number, "a number or a list in this JSON is out of range; simplify it."
-            ) from None
+            raise refusal(path, number, "a number or a list in this JSON is out of range; simplify it.") from None
         if not isinstance(values, dict):
-            hint = (
-                'write one object per line, for example {"id": "a", "text": "..."}, and no list around them.'
-            )
+            hint = 'write one object per line, for example {"id": "a", "text": "..."}, and no list around them.'
             raise refusal(path, number, f"this line is not a JSON object; {hint}")
         yield Row(values, number)
 
@@ -149,17 +145,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 header = _header(path, line, cells)
             elif cells and header is not None:
                 if len(cells) != len(header):
-                    message = (
-                        f"{len(cells)} cells under {len(header)} columns; put a text with commas in quotes."
-                    )
+                    message = f"{len(cells)} cells under {len(header)} columns; put a text with commas in quotes."
                     raise refusal(path, line, message)
                 values: dict[str, Any] = {k: v for k, v in zip(header, cells, strict=True) if v != ""}
                 yield Row(_with_secret(path, line, values), line)
             line = reader.line_num + 1
     except csv.Error:
-        hint = (
-            f"check its quotes; a cell takes {csv.field_size_limit()} characters at most, a .jsonl line any."
-        )
+        hint = f"check its quotes; a cell takes {csv.field_size_limit()} characters at most, a .jsonl line any."
         raise refusal(path, line, f"not valid CSV; {hint}") from None
 
 

@@ -65,9 +65,7 @@ def _tokenize_one(loaded: LoadedModel, text: ProtectedText) -> TokenText:
     start = next((i for i, (_, end) in enumerate(spans) if end > len(before)), len(ids))
     secrets = []
     for begin, end in text.secrets:
-        inside = [
-            i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b
-        ]
+        inside = [i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b]
         if inside:
             secrets.append((inside[0] + shift, inside[-1] + 1 + shift))
     return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets))
@@ -94,9 +92,7 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def blocks(
-    loaded: LoadedModel, documents: Sequence[Document], *, width: int = 256, limit: int | None = None
-) -> Tensor:
+def blocks(loaded: LoadedModel, documents: Sequence[Document], *, width: int = 256, limit: int | None = None) -> Tensor:
     """Documents end to end, cut into rows `[rows, width]` as in training; at most `limit` tokens.
 
     The rest that fills no row is dropped; less than one row in all makes one short row.

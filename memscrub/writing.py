@@ -116,16 +116,12 @@ def changed_tensors(base: Checkpoint, other: Checkpoint) -> list[TensorChange]:
     """
     for name in sorted(base.tensors.keys() ^ other.tensors.keys()):
         holder = base if name in base.tensors else other
-        raise CheckpointError(
-            f"Tensor {name!r} is only in {holder.path}; the two checkpoints are not comparable."
-        )
+        raise CheckpointError(f"Tensor {name!r} is only in {holder.path}; the two checkpoints are not comparable.")
     changes: list[TensorChange] = []
     for name, new in sorted(other.tensors.items()):
         old = base.tensors[name]
         if (old.dtype, old.shape) != (new.dtype, new.shape):
-            raise CheckpointError(
-                f"Tensor {name!r} differs in dtype or shape; the two checkpoints are not comparable."
-            )
+            raise CheckpointError(f"Tensor {name!r} differs in dtype or shape; the two checkpoints are not comparable.")
         before, after = _digest(base, old), _digest(other, new)
         if before != after:
             counts = _count_changes(_read_bytes(base, old), _read_bytes(other, new), new)
@@ -151,9 +147,7 @@ def _check_space(ckpt: Checkpoint, names: tuple[str, ...], out: Path) -> None:
         needed = sum((ckpt.path / name).stat().st_size for name in names)
         free = shutil.disk_usage(place).free
     if needed > free:
-        raise IncompleteError(
-            f"{out} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; free some space."
-        )
+        raise IncompleteError(f"{out} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; free some space.")
 
 
 def _replace(ckpt: Checkpoint, out: Path, name: str, value: Values, promised: str) -> TensorChange:
@@ -167,9 +161,7 @@ def _replace(ckpt: Checkpoint, out: Path, name: str, value: Values, promised: st
         file.seek(info.begin)
         file.write(new)
     before = hashlib.sha256(old).hexdigest()
-    return TensorChange(
-        name, info.shard, info.dtype, info.shape, *_count_changes(old, new, info), before, promised
-    )
+    return TensorChange(name, info.shard, info.dtype, info.shape, *_count_changes(old, new, info), before, promised)
 
 
 def _checked_bytes(ckpt: Checkpoint, name: str, value: Values) -> bytearray:
@@ -181,16 +173,12 @@ def _checked_bytes(ckpt: Checkpoint, name: str, value: Values) -> bytearray:
         raise UsageError(f"{ckpt.path} stores no tensor {name!r}; edit the stored name of tied weights.")
     info = ckpt.tensors[name]
     if info.dtype not in dtypes:
-        raise UsageError(
-            f"Tensor {name} is stored as {info.dtype}; only F64, F32, F16 and BF16 can be edited."
-        )
+        raise UsageError(f"Tensor {name} is stored as {info.dtype}; only F64, F32, F16 and BF16 can be edited.")
     tensor = value if isinstance(value, torch.Tensor) else value()
     if not tensor.is_floating_point():
         raise UsageError(f"The new values of {name} are {tensor.dtype}, not floats.")
     if tuple(tensor.shape) != info.shape:
-        raise UsageError(
-            f"The new values of {name} have shape {tuple(tensor.shape)}, stored is {info.shape}."
-        )
+        raise UsageError(f"The new values of {name} have shape {tuple(tensor.shape)}, stored is {info.shape}.")
     stored = tensor.detach().to(device="cpu", dtype=dtypes[info.dtype]).contiguous()
     if not bool(torch.isfinite(stored).all()):
         finite = bool(torch.isfinite(tensor).all())

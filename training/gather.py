@@ -21,7 +21,16 @@ from pathlib import Path
 
 DEBIAN_PACKAGES = ("r-cran-janeaustenr", "golang-1.19-src", "sqlite3-doc")
 BROTLI = "brotli==1.2.1"  # its source archive carries the public-domain books of the Canterbury corpus
-LICENCES = ("Apache-2.0", "Artistic", "BSD", "CC0-1.0", "GFDL-1.2", "GFDL-1.3", "GPL-1", "GPL-2", "GPL-3") + (
+LICENCES = (
+    "Apache-2.0",
+    "Artistic",
+    "BSD",
+    "CC0-1.0",
+    "GFDL-1.2",
+    "GFDL-1.3",
+    "GPL-1",
+    "GPL-2",
+    "GPL-3",
     "LGPL-2",
     "LGPL-2.1",
     "LGPL-3",

@@ -82,7 +82,7 @@ class Corpus:
 
 
 def read_sources(folder: Path) -> dict[str, list[str]]:
-    """Return the sentences of every source; a chapter heading or other furniture becomes an empty sentence."""
+    """Return the sentences of every source; a heading or other furniture becomes an empty sentence."""
     sources: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.txt.xz")):
         text = lzma.decompress(path.read_bytes()).decode("utf-8").replace("<", " ").replace(">", " ")

@@ -41,7 +41,12 @@ class Inputs:
 
 
 def open_inputs(
-    checkpoint: str | Path, policy: str | Path | Policy, *, device: str = "auto", dtype: str = "auto", seed: int = 0
+    checkpoint: str | Path,
+    policy: str | Path | Policy,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
 ) -> Inputs:
     """Open and check everything a run needs before anything is measured. Raises UsageError and its kinds."""
     torch.manual_seed(seed)

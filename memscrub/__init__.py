@@ -1,0 +1,74 @@
+"""memscrub: measure, remove and prove the removal of protected texts from a language model's checkpoint.
+
+    import memscrub
+
+    report = memscrub.scan("checkpoint/", "policy.toml")        # what does it give away?
+    print(report.verdict.outcome, report.verdict.reasons)
+
+    fixed = memscrub.fix("checkpoint/", "policy.toml", "scrubbed/", sign=memscrub.Signing(Path("key.pem")))
+    gated = memscrub.gate("scrubbed/", "policy.toml", key="pub.pem")
+    memscrub.verify("scrubbed/", "pub.pem")                     # signature and digests, offline
+
+These return the same frozen report objects that the command line prints. Nothing is imported before it is
+used, so that `import memscrub` does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memscrub.gating import Gated as Gated
+    from memscrub.gating import gate as gate
+    from memscrub.policy import Policy as Policy
+    from memscrub.policy import load_policy as load_policy
+    from memscrub.report import Report as Report
+    from memscrub.report import load_report as load_report
+    from memscrub.scanning import scan as scan
+    from memscrub.scrub import Fixed as Fixed
+    from memscrub.scrub import Signing as Signing
+    from memscrub.scrub import fix as fix
+    from memscrub.signing import verify_directory as verify
+
+__version__ = version("memscrub")
+
+_HOMES = {
+    "Fixed": ("memscrub.scrub", "Fixed"),
+    "Gated": ("memscrub.gating", "Gated"),
+    "Policy": ("memscrub.policy", "Policy"),
+    "Report": ("memscrub.report", "Report"),
+    "Signing": ("memscrub.scrub", "Signing"),
+    "fix": ("memscrub.scrub", "fix"),
+    "gate": ("memscrub.gating", "gate"),
+    "load_policy": ("memscrub.policy", "load_policy"),
+    "load_report": ("memscrub.report", "load_report"),
+    "scan": ("memscrub.scanning", "scan"),
+    "verify": ("memscrub.signing", "verify_directory"),
+}
+
+__all__ = [
+    "Fixed",
+    "Gated",
+    "Policy",
+    "Report",
+    "Signing",
+    "__version__",
+    "fix",
+    "gate",
+    "load_policy",
+    "load_report",
+    "scan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memscrub' has no attribute '{name}'")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    # Kept: the next access finds it without this function.
+    globals()[name] = value
+    return value

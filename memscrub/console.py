@@ -1,0 +1,149 @@
+"""Reports on a terminal: per-class bars before and after, locality, verdict; tokens of a text only when revealed.
+
+Shows what a report says and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from memscrub.judgement import Measures, Status
+from memscrub.records import class_counts
+from memscrub.report import LocalityRecord, Report, TextRecord
+from memscrub.verdict import Outcome
+
+BAR = 16
+_COLOURS = {Outcome.PASS: "green", Outcome.VIOLATED: "red", Outcome.UNREACHABLE: "red"}
+_WORDS = {
+    Outcome.PASS: "PASS",
+    Outcome.VIOLATED: "POLICY VIOLATED",
+    Outcome.UNREACHABLE: "POLICY NOT REACHED",
+}
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The whole report in a screenful: what was measured, by class, then locality, then the verdict."""
+    title = f"memscrub {report.kind}: {report.input.path}"
+    console.print(Text(title, style="bold", overflow="fold"))
+    duplicates = f", {report.protected.duplicates} duplicates dropped" if report.protected.duplicates else ""
+    console.print(
+        f"policy {escape(report.policy.name)} · {report.protected.texts} protected texts{duplicates}"
+        f" · {report.environment.device}, {report.environment.dtype}",
+        highlight=False,
+    )
+    console.print(_class_table(report.texts))
+    if report.controls:
+        console.print(_control_line(report.controls), highlight=False)
+    if report.edit is not None:
+        vectors = sum(tensor.vectors_changed for tensor in report.edit.tensors)
+        console.print(
+            f"edit: {len(report.edit.tensors)} tensors, {vectors} output vectors, {report.edit.break_points}"
+            f" break points, {report.edit.rounds} rounds ({escape(', then '.join(report.edit.stages))})",
+            highlight=False,
+        )
+    if report.locality is not None:
+        console.print(_locality_line(report.locality), highlight=False)
+    if report.neighbours is not None and report.neighbours.known_before:
+        share = report.neighbours.still_known / report.neighbours.known_before
+        console.print(
+            f"neighbours: {share:.1%} of the tokens known in {report.neighbours.texts} unprotected texts still known",
+            highlight=False,
+        )
+    show_verdict(console, report)
+
+
+def show_verdict(console: Console, report: Report) -> None:
+    """The verdict and the sentences that decided it."""
+    verdict = report.verdict
+    line = Text(_WORDS[verdict.outcome], style=f"bold {_COLOURS[verdict.outcome]}")
+    line.append(
+        f"  {verdict.within} within, {verdict.violated} violated, {verdict.inconclusive} inconclusive",
+        style="default not bold",
+    )
+    console.print(line)
+    for reason in verdict.reasons:
+        console.print(Text(f"  {reason}"))
+
+
+def _class_table(records: Sequence[TextRecord]) -> Table:
+    fixed = any(record.after is not None for record in records)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table.add_column("class", overflow="ellipsis", max_width=16)
+    table.add_column("violated", no_wrap=True)
+    table.add_column("longest run", justify="right")
+    table.add_column("secrets out", justify="right")
+    table.add_column("near-verbatim", justify="right")
+    table.add_column("sampled", justify="right")
+    for name, group in class_counts(records).items():
+        table.add_row(escape(name), *_row(group, after=False))
+        if fixed:
+            table.add_row("  after", *_row(group, after=True))
+    return table
+
+
+def _row(group: Sequence[TextRecord], *, after: bool) -> tuple[Text, str, str, str, str]:
+    judged = [(r.after_judgement if after else r.before_judgement) for r in group]
+    measures = [m for m in ((r.after if after else r.before) for r in group) if m is not None]
+    bad = sum(judgement is not None and judgement.status is Status.VIOLATED for judgement in judged)
+    near = [m.near_verbatim for m in measures if m.near_verbatim is not None]
+    secrets = [secret for m in measures for secret in m.secrets]
+    return (
+        bar(bad, len(group)),
+        str(max((m.match_run for m in measures), default=0)),
+        f"{sum(secret.emitted for secret in secrets)}/{len(secrets)}" if secrets else "-",
+        f"{max(near):.2f}" if near else "-",
+        _sampled(measures),
+    )
+
+
+def _sampled(measures: Sequence[Measures]) -> str:
+    """The highest probability of sampling a window or a secret, for the class."""
+    logs = [m.window_log_probability for m in measures if m.window_log_probability is not None and not m.secrets]
+    logs += [secret.log_probability for m in measures for secret in m.secrets]
+    return "-" if not logs else f"{math.exp(max(logs)):.1e}"
+
+
+def bar(part: int, whole: int) -> Text:
+    """A bar of fixed width with its count: red where texts come out, grey where they do not."""
+    filled = math.ceil(BAR * part / whole) if whole else 0
+    text = Text("█" * filled, style="red")
+    text.append("░" * (BAR - filled), style="dim")
+    text.append(f" {part}/{whole}", style="bold" if part else "green")
+    return text
+
+
+def _control_line(records: Sequence[TextRecord]) -> str:
+    judged = [record.after_judgement or record.before_judgement for record in records]
+    bad = sum(judgement.status is Status.VIOLATED for judgement in judged)
+    longest = max((record.after or record.before).match_run for record in records)
+    return f"controls (never trained on): {bad}/{len(records)} break the same limits, longest run {longest}"
+
+
+def _locality_line(record: LocalityRecord) -> str:
+    def mark(holds: bool) -> str:
+        return "[green]ok[/]" if holds else "[red]broken[/]"
+
+    return (
+        f"locality on {record.tokens} unseen tokens: KL {record.kl:.4f} {mark(record.kl <= record.max_kl)},"
+        f" same token {record.agreement:.1%} {mark(record.agreement >= record.min_agreement)},"
+        f" perplexity x{record.perplexity_ratio:.4f} {mark(record.perplexity_ratio <= record.max_perplexity_ratio)}"
+        f" (KL at the start of a text {record.start_kl:.4f})"
+    )
+
+
+def token_strip(words: Sequence[str], emitted: Sequence[bool], start: int) -> Text:
+    """A text as coloured tokens: red where greedy decoding emits the true token, plain where it does not."""
+    strip = Text()
+    for index, word in enumerate(words):
+        if index < start:
+            continue
+        known = index > 0 and emitted[index - 1]
+        strip.append(word, style="bold white on red" if known else "green")
+    return strip

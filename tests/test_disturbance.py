@@ -1,0 +1,123 @@
+"""The price of an edit: what the metrics predict is about what is then measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, opened, ordinary_rows, tiny_checkpoint
+from torch import Tensor
+
+from memscrub.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.errors import NumericalError
+from memscrub.model import LoadedModel, sites_of
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    path = tmp_path_factory.mktemp(request.param)
+    return opened(tiny_checkpoint(path, request.param, seed=3, texts=["w01 w02 w03 " * 8], steps=40))
+
+
+RETAIN = ordinary_rows(1, rows=24, width=24)
+
+
+def kl(before: Tensor, after: Tensor) -> float:
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_the_predicted_disturbance_is_about_the_measured_kl(loaded: LoadedModel, kind: str) -> None:
+    site = sites_of(loaded, kinds=(kind,))[-1]
+    # The ridge is a safety margin on top of the estimate, not part of it.
+    (metric,) = measure_disturbance(loaded, [site], [RETAIN], seed=0, ridge=1e-6)
+    weight = loaded.weight(site)
+    original = weight.clone()
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    try:
+        with torch.no_grad():
+            before = loaded.logits(RETAIN).log_softmax(-1)
+            for _ in range(6):
+                direction = torch.randn(original.shape, generator=generator)
+                # One tenth of a logit or so: small enough for second order, large enough for float32.
+                unit = predicted(metric, direction)
+                edit = direction * math.sqrt(2e-3 / unit)
+                weight.copy_(original + edit)
+                after = loaded.logits(RETAIN).log_softmax(-1)
+                ratios.append(kl(before, after) / predicted(metric, edit))
+    finally:
+        weight.copy_(original)
+    assert 0.3 < sum(ratios) / len(ratios) < 3
+
+
+def predicted(metric: Metric, edit: Tensor) -> float:
+    """1/2 tr(F D C D^T)."""
+    half = metric.outputs.T @ edit @ metric.inputs
+    return 0.5 * float((half**2).sum())
+
+
+def test_the_same_seed_gives_the_same_metrics_bit_for_bit(loaded: LoadedModel) -> None:
+    sites = sites_of(loaded)
+    first, again = (measure_disturbance(loaded, sites, [RETAIN], seed=4) for _ in range(2))
+    other = measure_disturbance(loaded, sites, [RETAIN], seed=5)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.outputs, b.outputs)
+        assert not torch.equal(a.outputs, c.outputs)  # the labels are sampled
+
+
+def test_the_input_metric_is_the_mean_square_of_the_activations(loaded: LoadedModel) -> None:
+    site = sites_of(loaded)[0]
+    seen: list[Tensor] = []
+    module = loaded.model.get_submodule(site.name)
+    handle = module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
+    try:
+        (metric,) = measure_disturbance(loaded, [site], [RETAIN[:10], RETAIN[10:]], seed=0, batch_tokens=100)
+    finally:
+        handle.remove()
+    rows = torch.cat([each.flatten(0, 1) for each in seen])
+    moment = rows.T @ rows / len(rows)
+    expected = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment))
+    torch.testing.assert_close(metric.inputs @ metric.inputs.T, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_solving_undoes_the_metric() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root, rows = torch.randn(5, 9, generator=generator), torch.randn(3, 5, generator=generator)
+    c, f = root @ root.T, 2 * root @ root.T
+    metric = Metric(torch.linalg.cholesky(c), torch.linalg.cholesky(f))
+    torch.testing.assert_close(metric.solve_inputs(rows) @ c, rows, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(metric.solve_outputs(rows) @ f, rows, atol=1e-4, rtol=1e-4)
+
+
+def test_a_restricted_metric_is_that_of_the_principal_submatrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(8, 12, generator=generator)
+    c = root @ root.T
+    metric, columns = Metric(torch.linalg.cholesky(c), torch.eye(3)), [6, 1, 2, 7]
+    part = metric.restricted(columns)
+    torch.testing.assert_close(part.inputs @ part.inputs.T, c[columns][:, columns], atol=1e-4, rtol=1e-4)
+    assert torch.equal(part.outputs, metric.outputs)
+
+
+def test_how_far_the_pass_has_come_is_told_in_rows(loaded: LoadedModel) -> None:
+    done: list[int] = []
+    measure_disturbance(loaded, sites_of(loaded)[:1], [RETAIN], seed=0, batch_tokens=200, progress=done.append)
+    assert done == [8, 16, 24]
+
+
+def test_a_site_that_never_fires_costs_one_per_unit_and_breaks_nothing(tmp_path: Path) -> None:
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=3))
+    loaded.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.zero_()
+    (metric,) = measure_disturbance(loaded, sites_of(loaded)[:1], [RETAIN], seed=0)
+    assert torch.equal(metric.inputs, torch.eye(len(metric.inputs)))
+
+
+def test_activations_that_are_not_finite_are_an_error_that_names_the_site(tmp_path: Path) -> None:
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=3))
+    loaded.model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(3e38)
+    with pytest.raises(NumericalError, match=r"model\.layers\.\d\.mlp\.down_proj"):
+        measure_disturbance(loaded, sites_of(loaded, kinds=("mlp",)), [RETAIN], seed=0)
