@@ -1,4 +1,4 @@
-"""Reports on a terminal: per-class bars before and after, locality, verdict; tokens of a text only when revealed.
+"""Reports on a terminal: per-class bars before and after, locality, verdict; and tokens in the demo.
 
 Shows what a report says and decides nothing.
 """
@@ -77,9 +77,9 @@ def _class_table(records: Sequence[TextRecord]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
     table.add_column("class", overflow="ellipsis", max_width=16)
     table.add_column("violated", no_wrap=True)
-    table.add_column("longest run", justify="right")
-    table.add_column("secrets out", justify="right")
-    table.add_column("near-verbatim", justify="right")
+    table.add_column("run", justify="right")
+    table.add_column("secrets", justify="right")
+    table.add_column("near", justify="right")
     table.add_column("sampled", justify="right")
     for name, group in class_counts(records).items():
         table.add_row(escape(name), *_row(group, after=False))

@@ -93,7 +93,7 @@ def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(*log_p.shape[:-1], 1, generator=generator).to(log_p.device)
     cumulative = log_p.exp().cumsum(-1)
     drawn: Tensor = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
-    return drawn.clamp(max=log_p.shape[-1] - 1)
+    return torch.clamp(drawn, max=int(log_p.shape[-1]) - 1)
 
 
 def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:

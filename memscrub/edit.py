@@ -166,7 +166,7 @@ class JointEdit:
                 outcome = EditOutcome(found.unmet, points, self.active, self.cost, number)
                 best = (key, outcome, [delta.clone() for delta in self.editable.deltas])
             progress(number, len(found.unmet))
-            if number == rounds or not any(self.held) or _settled(best[1], number):
+            if number == rounds or not any(self.held) or _settled(best[1], self.steps):
                 break
             self.cost, self.active = _step(self, found, *step_of(self.steps))
             self.steps += 1
@@ -176,9 +176,9 @@ class JointEdit:
         return best[1]
 
 
-def _settled(best: EditOutcome, number: int) -> bool:
-    """All demands hold and further rounds have stopped paying."""
-    return not best.unmet and number >= best.rounds + 2
+def _settled(best: EditOutcome, steps: int) -> bool:
+    """All demands hold, and the rounds that shrink the edit are over."""
+    return not best.unmet and steps >= len(KEPT)
 
 
 def step_of(number: int) -> tuple[float, float]:

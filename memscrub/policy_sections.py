@@ -169,9 +169,6 @@ class Fix(Section):
 class ReportSettings(Section):
     """What reports may show."""
 
-    reveal: bool = Field(
-        default=False, description="Show protected texts in reports; off, they carry ids and digests only."
-    )
     key: FileName | None = Field(
         default=None,
         examples=["report.key"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -181,7 +182,7 @@ def load_report(path: Path) -> Report:
         raise UsageError(f"{path}: this is not a memscrub report of schema {SCHEMA}.")
     try:
         report = _rebuild(Report, raw)
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise UsageError(f"{path}: the report lacks or misstates a field of schema {SCHEMA}.") from None
     assert isinstance(report, Report)
     return report
@@ -196,6 +197,8 @@ def _rebuild(kind: Any, value: Any) -> Any:
         (kind,) = [item for item in arguments if item is not type(None)]
         return _rebuild(kind, value)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError("expected a list")
         return tuple(_rebuild(arguments[0], item) for item in value)
     if origin is dict:
         return {str(key): _rebuild(arguments[1], item) for key, item in value.items()}
@@ -205,7 +208,11 @@ def _rebuild(kind: Any, value: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     if kind is float:
-        return float("inf") if value is None else float(value)
-    if not isinstance(value, kind):
+        if value is None:
+            return math.inf
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise TypeError("expected a finite number")
+        return float(value)
+    if type(value) is not kind:  # True is no number
         raise TypeError(f"expected {kind.__name__}")
     return value

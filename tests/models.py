@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests: seeded random weights, a word-level tokenizer, optionally overfit on given texts."""
+"""Tiny checkpoints for tests: seeded random weights, a word-level tokenizer, overfit on texts if asked."""
 
 from __future__ import annotations
 

@@ -57,15 +57,17 @@ def test_log_p_at_is_the_logarithm_of_the_share_of_the_mass(
     margin: float, rest: float, temperature: float
 ) -> None:
     own = math.exp(-margin / temperature)
-    assert log_p_at(margin, rest, temperature) == pytest.approx(math.log(own / (own + math.exp(rest))), abs=1e-9)
+    assert log_p_at(margin, rest, temperature) == pytest.approx(
+        math.log(own / (own + math.exp(rest))), abs=1e-9
+    )
 
 
-# -- extend ----------------------------------------------------------------------------------------------------
+# -- extend --------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def states(draw: st.DrawFn, length: int, sampling: Sampling) -> TextState:
-    """Scores that belong together: log_p follows from the gap and the rest, or the token is out of the top k."""
+    """Scores that belong together: log_p follows from gap and rest, or the token is out of the top k."""
     gap, log_p, rest = [0.0], [0.0], [0.0]
     for _ in range(length - 1):
         g, r = draw(st.floats(-6, 9)), draw(st.floats(0, 3))
@@ -166,7 +168,9 @@ def test_asking_again_before_the_edit_got_anywhere_asks_for_no_further_run_break
 
 
 def uniform(length: int, gap: float) -> TextState:
-    return TextState([0.0] + [gap] * (length - 1), [0.0] + [log_p_at(-gap, 0, 1)] * (length - 1), [0.0] * length)
+    return TextState(
+        [0.0] + [gap] * (length - 1), [0.0] + [log_p_at(-gap, 0, 1)] * (length - 1), [0.0] * length
+    )
 
 
 def test_the_cheapest_tokens_of_a_run_are_broken() -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, changed, opened, ordinary_rows, random_text, snapshot, tiny_checkpoint, token_text
+from models import (
+    FAMILIES,
+    changed,
+    opened,
+    ordinary_rows,
+    random_text,
+    snapshot,
+    tiny_checkpoint,
+    token_text,
+)
 from torch import Tensor
 
 import memscrub.edit
@@ -74,13 +83,34 @@ def test_texts_lose_every_run_over_the_limit_and_only_the_sites_change(path: Pat
     edit, outcome = edited(loaded, sites)
     assert outcome.unmet == ()
     assert max(longest(loaded)) <= ALLOWED
-    assert outcome.active > 0
     assert outcome.break_points >= len(TEXTS)
-    assert outcome.cost > 0
     assert changed(loaded, before) <= {site.tensor for site in sites}
     assert changed(loaded, before)
     edit.editable.restore()
     assert changed(loaded, before) == set()
+
+
+@pytest.mark.xfail(reason="the cost is that of the last increment only", strict=True)
+def test_the_predicted_cost_is_that_of_the_whole_edit(small: Path) -> None:
+    edit, outcome = edited(opened(small), sites_of(opened(small)))
+    expected = 0.0
+    for metric, delta in zip(edit.metrics, edit.editable.deltas, strict=True):
+        expected += 0.5 * float((metric.outputs.T @ delta @ metric.inputs).square().sum())
+    assert expected > 0
+    assert outcome.cost == pytest.approx(expected, rel=1e-2)
+
+
+def test_no_hook_is_left_while_an_error_is_handled(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = opened(small)
+    edit = joint(loaded, sites_of(loaded))
+
+    def broken(*anything: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memscrub.edit, "extend", broken)
+    with pytest.raises(KeyboardInterrupt):
+        edit.run()
+    assert not any(module._forward_hooks for module in loaded.model.modules())
 
 
 def test_an_edit_costs_ordinary_text_less_than_the_same_without_the_metrics(path: Path) -> None:
@@ -260,7 +290,7 @@ def test_the_weights_come_back_when_the_user_interrupts(small: Path) -> None:
     assert changed(loaded, before) == set()
 
 
-# -- attention heads -------------------------------------------------------------------------------------------
+# -- attention heads -----------------------------------------------------------------------------------------
 
 
 def test_top_heads_are_the_columns_of_the_heads_that_raise_the_gaps_most(path: Path) -> None:
@@ -272,8 +302,7 @@ def test_top_heads_are_the_columns_of_the_heads_that_raise_the_gaps_most(path: P
     weight = loaded.weight(sites[0])
     linear = []
     for site in sites:
-        n, (d, f) = 3, loaded.weight(site).shape
-        gradients = torch.randn(n, d, generator=generator)
+        gradients = torch.randn(3, len(loaded.weight(site)), generator=generator)
         # Activations along the gradient's image raise the gap; the second site's third head raises it most.
         activations = (gradients @ loaded.weight(site)) * 1e-3
         linear.append(Linearised(activations, gradients))

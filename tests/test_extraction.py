@@ -1,8 +1,9 @@
-"""One teacher-forced pass: what it says is what decoding does, and its sums are what their definitions say."""
+"""One teacher-forced pass: what it says is what decoding does, and its sums are what they are defined as."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, opened, random_text, tiny_checkpoint, token_text
 from torch import Tensor
 
-from memscrub.breakpoints import log_p_at
+import memscrub.measure
+from memscrub.breakpoints import Prices, TextState, extend, log_p_at
 from memscrub.continuation import Opening, continue_greedily, greedy_matches
+from memscrub.demands import demand_of
 from memscrub.errors import NumericalError
 from memscrub.extraction import (
     IMPOSSIBLE,
@@ -29,7 +32,9 @@ from memscrub.extraction import (
     span_emitted,
     span_log_p,
 )
+from memscrub.judgement import Status, judge
 from memscrub.model import LoadedModel
+from memscrub.policy import parse_policy
 from memscrub.tokens import TokenText
 
 PLAIN = Sampling(VOCABULARY)
@@ -63,7 +68,9 @@ def half_known(draw: st.DrawFn) -> list[tuple[list[int], int]]:
 
 
 @settings(max_examples=6, deadline=None)
-@given(recipes=st.lists(half_known(), min_size=1, max_size=4), batch_tokens=st.sampled_from([1, 20, 64, 4096]))
+@given(
+    recipes=st.lists(half_known(), min_size=1, max_size=4), batch_tokens=st.sampled_from([1, 20, 64, 4096])
+)
 def test_one_pass_says_exactly_what_generate_emits(
     loaded: LoadedModel, recipes: list[list[tuple[list[int], int]]], batch_tokens: int
 ) -> None:
@@ -80,7 +87,9 @@ def test_one_pass_says_exactly_what_generate_emits(
         assume(float(each.gap.abs().min()) > NOISE[torch.float32])
         for begin in range(1, len(text.tokens), 3):
             expected = longest_prefix(each.gap[begin - 1 :] > 0)
-            assert greedy_matches(loaded, text, begin, min(expected + 1, len(text.tokens) - begin)) == expected
+            assert (
+                greedy_matches(loaded, text, begin, min(expected + 1, len(text.tokens) - begin)) == expected
+            )
 
 
 def longest_prefix(emitted: Tensor) -> int:
@@ -137,7 +146,7 @@ def test_decoding_does_not_stop_at_an_end_token_or_beyond_the_last_position(tmp_
     assert len(long.tokens) == loaded.max_positions - 90
 
 
-# -- the sums --------------------------------------------------------------------------------------------------
+# -- the sums ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -268,3 +277,62 @@ def test_scores_hold_one_value_per_predicted_token(loaded: LoadedModel) -> None:
     (scores,) = score(loaded, [as_text([1, 2, 3, 4])], lambda text: PLAIN)
     assert isinstance(scores, Scores)
     assert [len(values) for values in (scores.gap, scores.log_p, scores.rest)] == [3, 3, 3]
+
+
+# -- what is made of the scores ------------------------------------------------------------------------------
+
+POLICY = """\
+schema = 1
+name = "p"
+[protected]
+files = ["protected.jsonl"]
+[class.c]
+max_verbatim_tokens = 4
+[class.pii]
+secret = true
+"""
+
+
+def fake_scores(gaps: list[float]) -> Scores:
+    values = torch.tensor(gaps)
+    return Scores(values, values.clamp(max=0), torch.zeros(len(gaps)))
+
+
+@pytest.mark.xfail(reason="only the longest doubtful run is decoded", strict=True)
+def test_every_doubtful_run_over_the_limit_is_decoded(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two runs within rounding noise: decoding breaks the longer in the middle and emits the shorter whole.
+    gaps = [2.0, 2, 2, -1e-4, 2, 2, 2, -5, 2, 2, 1e-4, 2, 2, -5]
+    monkeypatch.setattr(memscrub.measure, "score", lambda *given, **more: [fake_scores(gaps)])
+    monkeypatch.setattr(
+        memscrub.measure,
+        "greedy_matches",
+        lambda loaded, text, begin, length: min(length, 4 - begin if begin < 4 else length),
+    )
+    text = as_text(list(range(len(gaps) + 1)))
+    (found,) = memscrub.measure.measure(loaded, parse_policy(POLICY.encode()), [text]).measures
+    assert (found.match_run, found.confirmed) == (5, True)
+
+
+@pytest.mark.xfail(reason="tokens that are given away freely count as judged", strict=True)
+def test_a_text_with_fewer_judged_tokens_than_the_limit_can_break_is_inconclusive(
+    loaded: LoadedModel,
+) -> None:
+    policy = parse_policy(POLICY.encode() + b"[probe]\nmin_prefix_tokens = 10\n")
+    text = token_text(loaded, random_text(0, 13))  # 3 judged tokens can never make a run of 5
+    (found,) = memscrub.measure.measure(loaded, policy, [text]).measures
+    assert judge(found, policy.classes["c"]).status is Status.INCONCLUSIVE
+
+
+@pytest.mark.xfail(reason="an empty stretch counts as emitted, and the edit fails on it", strict=True)
+def test_a_secret_that_nothing_precedes_cannot_be_judged(tmp_path: Path) -> None:
+    # Without a beginning-of-text token nothing predicts the first token.
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=1, begin=False))
+    policy = parse_policy(POLICY.encode())
+    text = replace(token_text(loaded, random_text(0, 9), secrets=((0, 3),)), class_name="pii")
+    (found,) = memscrub.measure.measure(loaded, policy, [text]).measures
+    assert judge(found, policy.classes["pii"]).status is Status.INCONCLUSIVE
+    demand = demand_of(text, policy.classes["pii"], policy.probe)
+    zeros = [0.0] * len(text.tokens)
+    assert extend(demand, TextState(zeros, zeros, zeros), Prices(zeros, zeros), {}, 0.3) == {}

@@ -78,7 +78,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "mlp+attention",
     )
     assert (fix.margin, fix.rounds, fix.layers) == (0.3, 12, "all")
-    assert (policy.report.reveal, policy.sign.key) == (False, None)
+    assert (policy.report.key, policy.sign.key) == (None, None)
     assert (policy.classes["a"].top_k, policy.classes["a"].temperature) == (40, 1.0)
 
 
@@ -322,7 +322,7 @@ def test_every_shipped_policy_loads_with_the_starter_files(name: str, tmp_path: 
 
 def test_the_demo_policy_is_valid() -> None:
     path = policies_folder() / "demo.toml"
-    assert parse_policy(path.read_bytes(), path).report.reveal
+    assert parse_policy(path.read_bytes(), path).name == "demo"
 
 
 def test_no_policy_is_shipped_without_a_test() -> None:
@@ -392,7 +392,7 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 KEYS = sorted({line.split(" = ")[0] for line in GOOD.splitlines() if " = " in line})
-KEYS += ["layers", "offsets", "key", "reveal", "class", "probe", "nonsense", '"a key"', "controls", "margin"]
+KEYS += ["layers", "offsets", "key", "class", "probe", "nonsense", '"a key"', "controls", "margin"]
 
 
 @given(st.sampled_from(GOOD.splitlines()), st.sampled_from(KEYS), VALUES)

@@ -1,4 +1,4 @@
-"""The closed form: it is the least disturbing edit that meets the constraints, by exhaustive search and by KKT."""
+"""The closed form: the least disturbing edit that meets the constraints, by exhaustive search and by KKT."""
 
 from __future__ import annotations
 
@@ -131,8 +131,9 @@ def test_constraints_that_hold_by_themselves_leave_the_model_alone() -> None:
 def test_a_constraint_stated_twice_changes_nothing() -> None:
     sites, metrics, bounds = problem(5, 4, ((4, 3),))
     twice = [Linearised(torch.cat([s.activations] * 2), torch.cat([s.gradients] * 2)) for s in sites]
-    once, doubled = least_disturbing_edit(sites, metrics, bounds), least_disturbing_edit(
-        twice, metrics, torch.cat([bounds, bounds])
+    once, doubled = (
+        least_disturbing_edit(sites, metrics, bounds),
+        least_disturbing_edit(twice, metrics, torch.cat([bounds, bounds])),
     )
     torch.testing.assert_close(dense(once), dense(doubled), atol=3e-3, rtol=3e-3)
 
@@ -160,7 +161,7 @@ def test_no_constraints_no_edit() -> None:
     assert (solution.active, solution.cost, dense(solution)[0].shape) == (0, 0.0, (3, 4))
 
 
-# -- the complementarity problem -------------------------------------------------------------------------------
+# -- the complementarity problem -----------------------------------------------------------------------------
 
 
 @st.composite
