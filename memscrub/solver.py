@@ -21,7 +21,8 @@ from memscrub.errors import NumericalError
 
 # Added to the unit diagonal of the scaled kernel: equal constraints must not make it singular.
 JITTER = 1e-4
-_PIVOTS = 100
+# Two are usual; kernels with many near-copies of a constraint took up to 429 (n = 46).
+_PIVOTS = 2000
 
 
 @dataclass(frozen=True)
