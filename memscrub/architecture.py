@@ -5,8 +5,8 @@ stream when its activation is one. Families store these vectors as columns (`nn.
 rows (GPT-2's `Conv1D`, weight `[f, d]`). The orientation is written down here, never guessed from shapes: a
 square matrix would be ambiguous.
 
-Adding a family is one row here and one row in `tests/test_architecture.py`, which trains a two-layer model of
-that family, scrubs it and reloads it with plain `transformers`.
+Adding a family is one row here. `tests/test_families.py` builds a two-layer model of every row and checks that
+each site is found and has the orientation the row says; `tests/test_edit.py` scrubs a model of chosen families.
 """
 
 from __future__ import annotations

@@ -91,9 +91,10 @@ def measure_disturbance(
 def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
     """One token per position from `[batch, length, vocabulary]`, by the Gumbel-free inverse of the CDF."""
     uniform = torch.rand(*log_p.shape[:-1], 1, generator=generator).to(log_p.device)
-    cumulative = log_p.exp().cumsum(-1)
+    cumulative: Tensor = log_p.exp().cumsum(-1)
     drawn: Tensor = torch.searchsorted(cumulative, uniform * cumulative[..., -1:])
-    return torch.clamp(drawn, max=int(log_p.shape[-1]) - 1)
+    last = torch.tensor(log_p.shape[-1] - 1, device=log_p.device)
+    return torch.minimum(drawn, last)
 
 
 def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:
@@ -106,4 +107,5 @@ def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:
             f"the retain statistics of '{site.name}' are not positive definite; the checkpoint's activations are"
             " not finite on the retain text."
         )
-    return factor
+    chosen: Tensor = factor
+    return chosen

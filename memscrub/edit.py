@@ -210,7 +210,16 @@ def _step(edit: JointEdit, found: _Round, kept: float, share: float) -> tuple[fl
             target[:, list(site.columns)] += left.T @ right
         deltas.append(delta.lerp(target, share))
     editable.apply(deltas)
-    return solution.cost, solution.active
+    return _cost(edit), solution.active
+
+
+def _cost(edit: JointEdit) -> float:
+    """The predicted disturbance 1/2 sum_l tr(F D C D^T) of the whole edit."""
+    total = 0.0
+    for site, delta, metric in zip(edit.editable.sites, edit.editable.deltas, edit.metrics, strict=True):
+        half = metric.outputs.T @ _restricted(delta, site) @ metric.inputs
+        total += 0.5 * float(half.square().sum())
+    return total
 
 
 def _restricted(matrix: Tensor, site: Site) -> Tensor:

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from memscrub.continuation import Continuation, continue_greedily, greedy_matches, openings
 from memscrub.extraction import (
     NOISE,
@@ -90,13 +92,16 @@ def _measure_one(loaded: LoadedModel, policy: Policy, text: TokenText, scores: S
     noise = NOISE[loaded.dtype]
     run = longest_run(scores.gap, first)
     confirmed = False
-    if limits.max_verbatim_tokens is not None:
-        longest = longest_run(scores.gap, first, -noise)
-        if longest.length > limits.max_verbatim_tokens >= _certain(scores, first, noise):
-            run, confirmed = _decode_run(loaded, text, longest), True
+    if limits.max_verbatim_tokens is not None and limits.max_verbatim_tokens >= _certain(scores, first, noise):
+        gap, decoded = scores.gap.clone(), []
+        while (doubtful := longest_run(gap, first, -noise)).length > limits.max_verbatim_tokens:
+            decoded.append(_decode_run(loaded, text, doubtful))
+            gap[doubtful.begin - 1 : doubtful.begin - 1 + doubtful.length] = -torch.inf
+        if decoded:
+            run, confirmed = max(decoded, key=lambda each: each.length), True
     width = limits.max_verbatim_tokens
     return Measures(
-        tokens=text.length,
+        tokens=len(text.tokens) - first,
         match_run=run.length,
         run_begin=run.begin,
         run_margin=run.margin,

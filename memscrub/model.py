@@ -1,5 +1,5 @@
-"""Loading a checkpoint as a transformers model with its tokenizer and the sites an edit may touch; with `trace`
-the only place that touches `transformers`; knows no measures and writes nothing.
+"""Loading a checkpoint as a transformers model with its tokenizer and the sites an edit may touch; with
+`continuation` the only place that touches `transformers`; knows no measures and writes nothing.
 
 No pickle is loaded and no remote code runs: weights come from safetensors only, `trust_remote_code` is false.
 """

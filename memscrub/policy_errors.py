@@ -149,10 +149,8 @@ def _unknown(model: type[BaseModel], names: tuple[str, ...]) -> str:
     key, parent = names[-1], names[:-1]
     here = [_alias(name, field) for name, field in _model_at(model, parent).model_fields.items()]
     shown = key if re.fullmatch(r"[\w.-]{1,40}", key) else "..."
-    if parent:
-        start = f"unknown key '{shown}' in [{'.'.join(parent)}]"
-    else:
-        start = f"unknown key or section '{shown}'"
+    where = f"unknown key '{shown}' in [{'.'.join(parent)}]"
+    start = where if parent else f"unknown key or section '{shown}'"
     near = did_you_mean(key, here, "")
     if near:
         return f"{start}; {near}"

@@ -6,6 +6,7 @@ reach the policy leaves nothing behind unless asked to.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,10 @@ from memscrub.scanning import Inputs, open_inputs, scan_inputs
 from memscrub.signing import sign_directory, sign_report
 from memscrub.tokens import TokenText
 from memscrub.verdict import Outcome, decide
-from memscrub.writing import PartialDirectory, WrittenLedger, write_checkpoint
+from memscrub.writing import PartialDirectory, TensorChange, WrittenLedger, write_checkpoint
+
+# The passphrase of an encrypted private key: never an argument, which other users of the machine could read.
+PASSWORD_VARIABLE = "MEMSCRUB_KEY_PASSWORD"
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def fix(
 def _signing(policy: Policy, sign: Signing | None) -> Signing | None:
     """The key to sign with, the caller's before the policy's; opened once now, so that a bad key fails early."""
     if sign is None and policy.sign.key is not None:
-        sign = Signing(policy.resolve(policy.sign.key))
+        sign = Signing(policy.resolve(policy.sign.key), os.environ.get(PASSWORD_VARIABLE))
     if sign is not None:
         load_private_key(sign.key, sign.password)
     return sign
@@ -200,9 +204,7 @@ def _edit_record(inputs: Inputs, edit: Edit, ledger: WrittenLedger, halves: Reta
             TensorRecord(
                 name=change.name,
                 shard=change.shard,
-                vectors_changed=change.rows_changed
-                if rows[change.name] is Orientation.COLUMNS
-                else change.columns_changed,
+                vectors_changed=_vectors(change, rows[change.name]),
                 elements_changed=change.elements_changed,
                 sha256_before=change.sha256_before,
                 sha256_after=change.sha256_after,
@@ -211,6 +213,11 @@ def _edit_record(inputs: Inputs, edit: Edit, ledger: WrittenLedger, halves: Reta
         ),
         left_out=ledger.left_out,
     )
+
+
+def _vectors(change: TensorChange, orientation: Orientation) -> int:
+    """How many output vectors of a tensor differ."""
+    return change.columns_changed if orientation is Orientation.COLUMNS else change.rows_changed
 
 
 def _sign(path: Path, report: Report, policy: Policy, sign: Signing) -> None:

@@ -66,7 +66,7 @@ def _tokenize_one(loaded: LoadedModel, text: ProtectedText) -> TokenText:
     secrets = []
     for begin, end in text.secrets:
         inside = [i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b]
-        if inside:
+        if inside and inside[-1] + shift > 0:  # nothing predicts the very first token
             secrets.append((inside[0] + shift, inside[-1] + 1 + shift))
     return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets))
 

@@ -180,6 +180,4 @@ def _tokenizer(begin: bool) -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate((*WORDS, "<unk>", BEGIN, "<unused>"))}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token=BEGIN if begin else None
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token=BEGIN if begin else None)

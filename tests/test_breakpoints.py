@@ -43,9 +43,7 @@ def test_cheapest_cover_equals_exhaustive_search(costs: list[int], allowed: int)
     assert sum(costs[i] for i in cover) == min(sum(costs[i] for i in chosen) for chosen in subsets)
 
 
-@given(
-    margin=st.floats(-20, 20), rest=st.floats(0, 4), temperature=st.sampled_from([0.5, 0.7, 1.0, 1.5, 3.0])
-)
+@given(margin=st.floats(-20, 20), rest=st.floats(0, 4), temperature=st.sampled_from([0.5, 0.7, 1.0, 1.5, 3.0]))
 def test_margin_for_is_the_inverse_of_log_p_at(margin: float, rest: float, temperature: float) -> None:
     log_p = log_p_at(margin, rest, temperature)
     assume(log_p < -1e-6)  # closer to certainty the margin is lost in rounding
@@ -53,13 +51,9 @@ def test_margin_for_is_the_inverse_of_log_p_at(margin: float, rest: float, tempe
 
 
 @given(margin=st.floats(-20, 20), rest=st.floats(0, 4), temperature=st.floats(0.3, 3))
-def test_log_p_at_is_the_logarithm_of_the_share_of_the_mass(
-    margin: float, rest: float, temperature: float
-) -> None:
+def test_log_p_at_is_the_logarithm_of_the_share_of_the_mass(margin: float, rest: float, temperature: float) -> None:
     own = math.exp(-margin / temperature)
-    assert log_p_at(margin, rest, temperature) == pytest.approx(
-        math.log(own / (own + math.exp(rest))), abs=1e-9
-    )
+    assert log_p_at(margin, rest, temperature) == pytest.approx(math.log(own / (own + math.exp(rest))), abs=1e-9)
 
 
 # -- extend --------------------------------------------------------------------------------------------------
@@ -168,9 +162,7 @@ def test_asking_again_before_the_edit_got_anywhere_asks_for_no_further_run_break
 
 
 def uniform(length: int, gap: float) -> TextState:
-    return TextState(
-        [0.0] + [gap] * (length - 1), [0.0] + [log_p_at(-gap, 0, 1)] * (length - 1), [0.0] * length
-    )
+    return TextState([0.0] + [gap] * (length - 1), [0.0] + [log_p_at(-gap, 0, 1)] * (length - 1), [0.0] * length)
 
 
 def test_the_cheapest_tokens_of_a_run_are_broken() -> None:

@@ -155,9 +155,7 @@ def test_a_local_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytes
     assert open_checkpoint("owner/name").path == (tmp_path / "owner" / "name").resolve()
 
 
-def test_a_hub_id_asks_for_the_revision_and_never_for_pickles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_asks_for_the_revision_and_never_for_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def download(repo_id: str, **options: Any) -> str:
@@ -182,9 +180,7 @@ def test_offline_hub_ids_give_one_sentence(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("source", ["", "missing", "/nowhere/at/all", "a b/c", "x\0y", "owner/name/more"])
-def test_a_path_that_is_not_there_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
-) -> None:
+def test_a_path_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         open_checkpoint(source)
@@ -403,16 +399,12 @@ def test_plain_relative_names_are_safe(name: str) -> None:
     assert is_safe_name(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "../a", "a/../b", "/a", "a//b", "./a", "a/", "a\\b", "C:a", "a\0"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../b", "/a", "a//b", "./a", "a/", "a\\b", "C:a", "a\0"])
 def test_names_that_can_lead_elsewhere_are_not_safe(name: str) -> None:
     assert not is_safe_name(name)
 
 
-@pytest.mark.parametrize(
-    "text", [b'{"a":1,"a":1}', b'{"b":{"a":1,"a":1}}', b"NaN", b"-Infinity", b"\xff", b"", b"["]
-)
+@pytest.mark.parametrize("text", [b'{"a":1,"a":1}', b'{"b":{"a":1,"a":1}}', b"NaN", b"-Infinity", b"\xff", b"", b"["])
 def test_json_that_two_readers_could_take_differently_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError, match=r"it is|twice|not a JSON"):
         strict_json(text)

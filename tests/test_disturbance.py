@@ -105,9 +105,7 @@ def test_a_restricted_metric_is_that_of_the_principal_submatrix() -> None:
 
 def test_how_far_the_pass_has_come_is_told_in_rows(loaded: LoadedModel) -> None:
     done: list[int] = []
-    measure_disturbance(
-        loaded, sites_of(loaded)[:1], [RETAIN], seed=0, batch_tokens=200, progress=done.append
-    )
+    measure_disturbance(loaded, sites_of(loaded)[:1], [RETAIN], seed=0, batch_tokens=200, progress=done.append)
     assert done == [8, 16, 24]
 
 

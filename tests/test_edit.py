@@ -58,8 +58,7 @@ def longest(loaded: LoadedModel) -> list[int]:
     threshold = -NOISE[loaded.dtype]
     scores = score(loaded, texts, lambda text: Sampling())
     return [
-        longest_run(each.gap, text.first_judged(1), threshold).length
-        for text, each in zip(texts, scores, strict=True)
+        longest_run(each.gap, text.first_judged(1), threshold).length for text, each in zip(texts, scores, strict=True)
     ]
 
 
@@ -90,7 +89,6 @@ def test_texts_lose_every_run_over_the_limit_and_only_the_sites_change(path: Pat
     assert changed(loaded, before) == set()
 
 
-@pytest.mark.xfail(reason="the cost is that of the last increment only", strict=True)
 def test_the_predicted_cost_is_that_of_the_whole_edit(small: Path) -> None:
     edit, outcome = edited(opened(small), sites_of(opened(small)))
     expected = 0.0

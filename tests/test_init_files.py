@@ -48,9 +48,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_is_refused_with_a_suggestion(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"no policy 'pii-strikt' to start from; did you mean 'pii-strict'\?"
-    ):
+    with pytest.raises(UsageError, match=r"no policy 'pii-strikt' to start from; did you mean 'pii-strict'\?"):
         write_starter(tmp_path, "pii-strikt")
     with pytest.raises(UsageError, match="there are release-gate, pii-strict, copyright"):
         write_starter(tmp_path, "../../etc/passwd")

@@ -71,9 +71,7 @@ def class_limits(draw: st.DrawFn) -> ClassLimits:
     secret = draw(st.booleans())
     near = draw(st.none() | share) if run or secret else draw(share)
     sampled = draw(st.none() | share) if run or secret else None
-    return ClassLimits(
-        max_verbatim_tokens=run, max_near_verbatim=near, max_sampling_probability=sampled, secret=secret
-    )
+    return ClassLimits(max_verbatim_tokens=run, max_near_verbatim=near, max_sampling_probability=sampled, secret=secret)
 
 
 @st.composite

@@ -108,8 +108,7 @@ def test_layers_are_all_or_sorted_numbers() -> None:
 BAD = {
     "unknown key": (
         ("max_near_verbatim", "max_neer_verbatim"),
-        "policy.toml:7: unknown key 'max_neer_verbatim' in [class.copyright];"
-        " did you mean 'max_near_verbatim'?",
+        "policy.toml:7: unknown key 'max_neer_verbatim' in [class.copyright]; did you mean 'max_near_verbatim'?",
     ),
     "unknown section": (
         ("[locality]", "[localty]"),
@@ -125,8 +124,7 @@ BAD = {
     ),
     "top-level key after a section": (
         ("[fix]", '[fix]\nname = "x"'),
-        "policy.toml:16: unknown key 'name' in [fix]; it belongs at the top of the file,"
-        " before the first [section].",
+        "policy.toml:16: unknown key 'name' in [fix]; it belongs at the top of the file, before the first [section].",
     ),
     "key without a class": (
         ("[class.copyright]", "[class]"),
@@ -171,13 +169,11 @@ BAD = {
     ),
     "an item of the wrong type, in a list over several lines": (
         ('["protected.jsonl"]', '[\n"a",\n3]'),
-        "policy.toml:4: files in [protected] must be a list of texts, not 3;"
-        ' write files = ["protected.jsonl"].',
+        'policy.toml:4: files in [protected] must be a list of texts, not 3; write files = ["protected.jsonl"].',
     ),
     "an empty list": (
         ('["protected.jsonl"]', "[]"),
-        "policy.toml:4: files in [protected] is empty or has an unusable value;"
-        ' write files = ["protected.jsonl"].',
+        'policy.toml:4: files in [protected] is empty or has an unusable value; write files = ["protected.jsonl"].',
     ),
     "layers of the wrong kind": (
         ("[fix]", "[fix]\nlayers = [true]"),
@@ -191,8 +187,7 @@ BAD = {
     ),
     "class without a limit": (
         ("secret = true\nmax_sampling_probability = 1e-6\n", ""),
-        "policy.toml:9: [class.pii] sets no limit;"
-        " add for example max_verbatim_tokens = 16, or secret = true.",
+        "policy.toml:9: [class.pii] sets no limit; add for example max_verbatim_tokens = 16, or secret = true.",
     ),
     "class name": (
         ("[class.pii]", '[class."p i i"]'),
@@ -206,8 +201,7 @@ BAD = {
     "missing schema": (("schema = 1\n", ""), "policy.toml:1: 'schema' is missing; add schema = 1."),
     "another schema": (
         ("schema = 1", "\nschema = 2"),
-        "policy.toml:2: this version of memscrub knows only schema 1;"
-        " write schema = 1 or install a newer memscrub.",
+        "policy.toml:2: this version of memscrub knows only schema 1; write schema = 1 or install a newer memscrub.",
     ),
     "missing section": (
         ('[protected]\nfiles = ["protected.jsonl"]\n', ""),
@@ -255,15 +249,11 @@ def test_the_problem_that_comes_first_in_the_file_is_told_and_the_others_counted
 
 def test_an_empty_policy_is_refused() -> None:
     for text in ("", "\n\n", "# only a comment\n"):
-        assert (
-            refusal(text) == "policy.toml:1: the policy is empty; `memscrub init` writes one to start from."
-        )
+        assert refusal(text) == "policy.toml:1: the policy is empty; `memscrub init` writes one to start from."
 
 
 def test_bad_utf8_is_refused_with_its_line() -> None:
-    with pytest.raises(
-        PolicyError, match=r"^policy\.toml:2: not valid UTF-8; save the policy as UTF-8 text\.$"
-    ):
+    with pytest.raises(PolicyError, match=r"^policy\.toml:2: not valid UTF-8; save the policy as UTF-8 text\.$"):
         parse_policy(GOOD.encode().replace(b"gate", b"\xff"))
 
 
@@ -285,15 +275,11 @@ def test_a_file_that_is_named_must_exist_and_the_message_names_the_key(tmp_path:
     (tmp_path / "protectd.jsonl").write_text("x")
     with pytest.raises(PolicyError) as caught:
         load_policy(path)
-    expected = (
-        "files in [protected] names 'protected.jsonl', which does not exist; did you mean 'protectd.jsonl'?"
-    )
+    expected = "files in [protected] names 'protected.jsonl', which does not exist; did you mean 'protectd.jsonl'?"
     assert str(caught.value) == f"{path}:4: {expected}"
     (tmp_path / "protectd.jsonl").rename(tmp_path / "protected.jsonl")
     (tmp_path / "retain.txt").mkdir()
-    with pytest.raises(
-        PolicyError, match=r":13: retain in \[locality\] names 'retain.txt', which is a directory"
-    ):
+    with pytest.raises(PolicyError, match=r":13: retain in \[locality\] names 'retain.txt', which is a directory"):
         load_policy(path)
     (tmp_path / "retain.txt").rmdir()
     (tmp_path / "retain.txt").write_text("y")
@@ -303,9 +289,7 @@ def test_a_file_that_is_named_must_exist_and_the_message_names_the_key(tmp_path:
 def test_the_signing_key_need_not_be_there_to_scan_or_gate(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("x")
     path = tmp_path / "policy.toml"
-    path.write_text(
-        'schema=1\nname="n"\nprotected.files=["p.txt"]\nclass.a.max_verbatim_tokens=8\nsign.key="k.pem"\n'
-    )
+    path.write_text('schema=1\nname="n"\nprotected.files=["p.txt"]\nclass.a.max_verbatim_tokens=8\nsign.key="k.pem"\n')
     assert load_policy(path).sign.key == "k.pem"
 
 
@@ -356,9 +340,7 @@ def test_every_setting_has_a_description() -> None:
     ],
 )
 def test_the_line_of_a_key_is_where_its_statement_begins(keys: tuple[str | int, ...], line: int) -> None:
-    text = (
-        '# x\na = 1\n\n[b]\nc = """\n[e]\na = 2\n"""\nd = [\n  1, # one\n  2,\n]\n\n# f\n[e]\nf.g = {x = 1}\n'
-    )
+    text = '# x\na = 1\n\n[b]\nc = """\n[e]\na = 2\n"""\nd = [\n  1, # one\n  2,\n]\n\n# f\n[e]\nf.g = {x = 1}\n'
     assert line_of(text, keys) == line
 
 
@@ -381,9 +363,7 @@ VALUES = st.recursive(
         st.booleans().map(lambda b: "true" if b else "false"),
         st.integers().map(str),
         st.floats().map(repr),
-        st.sampled_from(
-            ['"all"', '"mlp"', '"x"', '""', "2020-01-01", "1e999", "9" * 400, '"\\u0000"', "[]", "{}"]
-        ),
+        st.sampled_from(['"all"', '"mlp"', '"x"', '""', "2020-01-01", "1e999", "9" * 400, '"\\u0000"', "[]", "{}"]),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(lambda items: "[" + ", ".join(items) + "]"),

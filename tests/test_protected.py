@@ -32,9 +32,7 @@ TWO_CLASSES = ONE_CLASS + "[class.pii]\nsecret = true\n"
 
 def policy_for(path: Path, classes: str = ONE_CLASS) -> Policy:
     files = f'files = ["{path.name}"]\ncontrols = ["{path.name}"]\n'
-    return parse_policy(
-        f'schema = 1\nname = "n"\n[protected]\n{files}{classes}'.encode(), path.parent / "p.toml"
-    )
+    return parse_policy(f'schema = 1\nname = "n"\n[protected]\n{files}{classes}'.encode(), path.parent / "p.toml")
 
 
 def texts_of(path: Path, data: str | bytes, classes: str = ONE_CLASS) -> tuple[ProtectedText, ...]:
@@ -47,9 +45,7 @@ def line(**fields: Any) -> str:
 
 
 def test_a_jsonl_line_is_read_with_all_its_fields(tmp_path: Path) -> None:
-    data = "\n" + line(
-        id="a", text=" key 1234", **{"class": "pii"}, secret=[[5, 9]], source="s", prefix=" key"
-    )
+    data = "\n" + line(id="a", text=" key 1234", **{"class": "pii"}, secret=[[5, 9]], source="s", prefix=" key")
     (text,) = texts_of(tmp_path / "p.jsonl", data, TWO_CLASSES)
     assert text.id == "a"
     assert text.text == " key 1234"
@@ -97,9 +93,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         load_protected(policy_for(tmp_path / "p.parquet"))
 
 
-def test_parquet_without_its_extra_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ProtectedTextError, match=r"run pip install 'memscrub\[parquet\]', or use \.jsonl"):
         load_texts([tmp_path / "p.parquet"])
@@ -193,8 +187,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
     ),
     "duplicate ids": (
         "p.jsonl",
-        line(id="a", text="x", **{"class": "copyright"})
-        + line(id="a", text=SECRET, **{"class": "copyright"}),
+        line(id="a", text="x", **{"class": "copyright"}) + line(id="a", text=SECRET, **{"class": "copyright"}),
         ":2: id 'a' is taken by FILE:1; give every text an id of its own.",
     ),
     "unprintable id": (
@@ -288,9 +281,7 @@ BAD: dict[str, tuple[str, str | bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_list_is_refused_with_line_and_suggestion_and_without_its_text(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_bad_list_is_refused_with_line_and_suggestion_and_without_its_text(kind: str, tmp_path: Path) -> None:
     name, data, sentence = BAD[kind]
     path = tmp_path / name
     with pytest.raises(ProtectedTextError) as caught:
@@ -300,15 +291,11 @@ def test_a_bad_list_is_refused_with_line_and_suggestion_and_without_its_text(
     assert str(error) == f"{path}{expected}"
     assert error.exit_code is ExitCode.USAGE
     assert SECRET not in str(error) and SECRET not in repr(error)
-    assert error.__suppress_context__ or error.__context__ is None, (
-        "a cause would carry the text into a traceback"
-    )
+    assert error.__suppress_context__ or error.__context__ is None, "a cause would carry the text into a traceback"
 
 
 def test_the_messages_in_the_documentation_are_the_real_ones(tmp_path: Path) -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "protected-texts.md").read_text(
-        encoding="utf-8"
-    )
+    page = (Path(__file__).resolve().parent.parent / "docs" / "protected-texts.md").read_text(encoding="utf-8")
     for kind in ("secret not marked", "unknown key", "bad UTF-8"):
         assert BAD[kind][2].split(":", 2)[2] in page
     example = next(part for part in page.split("```") if part.startswith("json\n"))
@@ -440,9 +427,7 @@ def test_a_secret_bounded_by_plain_characters_is_exactly_kept(
 
 @quick
 @given(text=st.text(ALPHABET, min_size=1, max_size=12), data=st.data())
-def test_no_character_of_a_secret_is_lost_by_normalisation(
-    tmp_path: Path, text: str, data: st.DataObject
-) -> None:
+def test_no_character_of_a_secret_is_lost_by_normalisation(tmp_path: Path, text: str, data: st.DataObject) -> None:
     text = "x" + text
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
@@ -470,9 +455,7 @@ JSON = st.recursive(
 
 
 @quick
-@given(
-    fields=st.dictionaries(st.sampled_from(["id", "text", "class", "secret", "prefix", "source", "x"]), JSON)
-)
+@given(fields=st.dictionaries(st.sampled_from(["id", "text", "class", "secret", "prefix", "source", "x"]), JSON))
 def test_any_json_object_is_a_text_or_our_error(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = tmp_path / "p.jsonl"
     try:

@@ -125,9 +125,7 @@ def test_reading_a_report_back_gives_an_equal_report_and_equal_text(
 
 
 def findings(report: Report) -> list[Finding]:
-    judgements = [
-        j for t in (*report.texts, *report.controls) for j in (t.before_judgement, t.after_judgement)
-    ]
+    judgements = [j for t in (*report.texts, *report.controls) for j in (t.before_judgement, t.after_judgement)]
     return [finding for judgement in judgements if judgement for finding in judgement.findings]
 
 

@@ -47,9 +47,7 @@ def keys(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     return make_keys(tmp_path, request.param)
 
 
-def make_keys(
-    root: Path, kind: Any = "ec-p256", name: str = "key", password: str | None = None
-) -> tuple[Path, Path]:
+def make_keys(root: Path, kind: Any = "ec-p256", name: str = "key", password: str | None = None) -> tuple[Path, Path]:
     private, public = root / f"{name}.pem", root / f"{name}.pub"
     generate_keypair(private, public, kind=kind, password=password)
     return private, public
@@ -101,9 +99,7 @@ def test_a_failed_report_has_no_summary(model: Path, keys: tuple[Path, Path]) ->
     assert not (model / SUMMARY_ENVELOPE).exists()
 
 
-def test_a_directory_without_a_report_verifies_without_statements(
-    model: Path, keys: tuple[Path, Path]
-) -> None:
+def test_a_directory_without_a_report_verifies_without_statements(model: Path, keys: tuple[Path, Path]) -> None:
     (model / REPORT).unlink()
     sign_directory(model, keys[0])
     result = verify_directory(model, keys[1])
@@ -112,9 +108,7 @@ def test_a_directory_without_a_report_verifies_without_statements(
 
 def test_the_summary_names_verifier_policy_time_and_properties(model: Path, keys: tuple[Path, Path]) -> None:
     sign_directory(model, keys[0])
-    sign_report(
-        model / REPORT, keys[0], passed=True, policy_digests=POLICY, time_created="2026-01-01T00:00:00Z"
-    )
+    sign_report(model / REPORT, keys[0], passed=True, policy_digests=POLICY, time_created="2026-01-01T00:00:00Z")
     predicate = verify_directory(model, keys[1]).statements[1].predicate
     assert predicate["timeCreated"] == "2026-01-01T00:00:00Z"
     assert predicate["verifier"]["policies"][0]["digest"] == {"sha256": "ab" * 32}
@@ -137,9 +131,7 @@ def test_the_reference_implementation_verifies_our_signature(model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1, ec.SECP384R1, ec.SECP521R1])
-def test_we_verify_the_signature_of_the_reference_implementation(
-    model: Path, tmp_path: Path, curve: Any
-) -> None:
+def test_we_verify_the_signature_of_the_reference_implementation(model: Path, tmp_path: Path, curve: Any) -> None:
     import model_signing
 
     reference: Any = model_signing
@@ -183,9 +175,7 @@ def test_verifying_imports_neither_torch_nor_sigstore(model: Path, keys: tuple[P
     assert run.stdout == "[]\n"
 
 
-def test_a_cache_snapshot_of_a_signed_directory_verifies(
-    model: Path, keys: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_cache_snapshot_of_a_signed_directory_verifies(model: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     sign(model, keys[0])
     snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "r", tmp_path / "models--o--n" / "blobs"
     blobs.mkdir(parents=True)

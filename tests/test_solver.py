@@ -30,9 +30,7 @@ def problem(
 ) -> tuple[list[Linearised], list[Metric], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sites = [
-        Linearised(
-            torch.randn(constraints, f, generator=generator), torch.randn(constraints, d, generator=generator)
-        )
+        Linearised(torch.randn(constraints, f, generator=generator), torch.randn(constraints, d, generator=generator))
         for f, d in shapes
     ]
     metrics = [metric(generator, f, d) for f, d in shapes]

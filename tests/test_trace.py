@@ -53,9 +53,7 @@ def test_tracing_neither_changes_the_output_nor_leaves_gradients_on(loaded: Load
             seen = loaded.logits(ids)
         assert not torch.is_grad_enabled()
     torch.testing.assert_close(seen.detach(), plain, atol=1e-5, rtol=0)
-    assert all(
-        not parameter.requires_grad and parameter.grad is None for parameter in loaded.model.parameters()
-    )
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in loaded.model.parameters())
 
 
 def test_a_write_is_the_output_vectors_times_the_activations(loaded: LoadedModel, ids: Tensor) -> None:
@@ -138,9 +136,7 @@ def test_own_path_is_exact_behind_the_last_attention(loaded: LoadedModel, ids: T
     torch.testing.assert_close(whole, torch.stack(gradients).sum(0), atol=1e-6, rtol=1e-5)
 
 
-def test_swapped_weights_come_back_bit_for_bit_also_after_an_exception(
-    loaded: LoadedModel, ids: Tensor
-) -> None:
+def test_swapped_weights_come_back_bit_for_bit_also_after_an_exception(loaded: LoadedModel, ids: Tensor) -> None:
     before = snapshot(loaded)
     site = sites_of(loaded)[0]
     other = {site.tensor: torch.zeros_like(loaded.parameter(site))}

@@ -128,8 +128,7 @@ def test_edit_never_touches_unplanned_tensors_and_reverting_restores_every_byte(
 
 def test_values_are_stored_in_the_original_dtype(ckpt: Checkpoint, tmp_path: Path) -> None:
     wanted = {
-        n: torch.linspace(-3, 3, torch.Size(SHAPES[n]).numel(), dtype=torch.float64).view(SHAPES[n])
-        for n in NAMES
+        n: torch.linspace(-3, 3, torch.Size(SHAPES[n]).numel(), dtype=torch.float64).view(SHAPES[n]) for n in NAMES
     }
     write_checkpoint(ckpt, tmp_path / "out", wanted)
     out = open_checkpoint(tmp_path / "out")
@@ -231,9 +230,7 @@ def test_links_are_copied_as_files_and_blobs_stay_untouched(tmp_path: Path) -> N
         write_checkpoint(ckpt, snapshot.parent.parent / "new", {})
 
 
-def test_old_artefacts_and_second_copies_of_the_weights_are_left_out(
-    ckpt: Checkpoint, tmp_path: Path
-) -> None:
+def test_old_artefacts_and_second_copies_of_the_weights_are_left_out(ckpt: Checkpoint, tmp_path: Path) -> None:
     extra = ("memscrub-report.json", "model.sig", "memscrub-report.dsse.json", "memscrub-patch.safetensors")
     weights = ("pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "m.Q4.gguf")
     for name in (*extra, *weights, ".gitattributes", ".git/HEAD", ".cache/huggingface/x", "README.md"):

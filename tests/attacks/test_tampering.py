@@ -36,9 +36,7 @@ def build(root: Path, seed: float = 1.0) -> Path:
 
 def sign(root: Path, private: Path, *, passed: bool = True) -> None:
     sign_directory(root, private)
-    sign_report(
-        root / REPORT, private, passed=passed, policy_digests={"p.toml": "0" * 64}, time_created="now"
-    )
+    sign_report(root / REPORT, private, passed=passed, policy_digests={"p.toml": "0" * 64}, time_created="now")
 
 
 @pytest.fixture(scope="session", params=["ec-p256", "ed25519"])
@@ -77,9 +75,7 @@ def test_the_untouched_copy_verifies(model: Path, workshop: Path) -> None:
 
 @pytest.mark.parametrize("name", [*SHARDS, REPORT, "config.json", INDEX])
 @pytest.mark.parametrize("position", [0, 8, -1])
-def test_a_changed_byte_is_found_and_its_file_named(
-    model: Path, workshop: Path, name: str, position: int
-) -> None:
+def test_a_changed_byte_is_found_and_its_file_named(model: Path, workshop: Path, name: str, position: int) -> None:
     flip(model / name, position)
     refuse(model, workshop, f"{name} was changed")
 
@@ -108,9 +104,7 @@ def test_garbage_instead_of_a_signature_is_refused_and_nothing_else(
     refuse(root, workshop, name)
 
 
-@pytest.mark.parametrize(
-    "name", ["evil.py", "sub/evil.bin", ".hidden", "model.sig.bak", "memscrub-x.dsse.json"]
-)
+@pytest.mark.parametrize("name", ["evil.py", "sub/evil.bin", ".hidden", "model.sig.bak", "memscrub-x.dsse.json"])
 def test_an_added_file_is_refused(model: Path, workshop: Path, name: str) -> None:
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text("x")
@@ -155,9 +149,7 @@ def test_a_strangers_signature_with_the_signers_key_id_is_refused(model: Path, w
     refuse(model, workshop, "not one of the key")
 
 
-@pytest.mark.parametrize(
-    "names", [[SIGNATURE], [REPORT_ENVELOPE], [SUMMARY_ENVELOPE], [SIGNATURE, REPORT_ENVELOPE]]
-)
+@pytest.mark.parametrize("names", [[SIGNATURE], [REPORT_ENVELOPE], [SUMMARY_ENVELOPE], [SIGNATURE, REPORT_ENVELOPE]])
 def test_signatures_of_another_directory_are_refused(model: Path, workshop: Path, names: list[str]) -> None:
     for name in names:
         shutil.copy(workshop / "other" / name, model / name)
