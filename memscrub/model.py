@@ -25,7 +25,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
 }
 # A logits tensor of one batch stays below this many bytes, whatever the vocabulary.
-LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
