@@ -61,10 +61,12 @@ def score(
     for batch in batches([len(text.tokens) for text in texts], loaded.batch_tokens(batch_tokens)):
         with torch.inference_mode():
             ids = pad([texts[i].tokens for i in batch]).to(loaded.device)
-            logits = loaded.logits(ids)[:, :-1]
+            # The last position predicts nothing known; it is scored against padding and cut off below, because
+            # slicing it away here would copy all the logits.
+            logits, targets = loaded.logits(ids), torch.nn.functional.pad(ids[:, 1:], (0, 1))
             for rows, kind in _by_sampling([sampling(texts[i]) for i in batch]):
                 whole = len(rows) == len(batch)  # a copy of all logits only where kinds are mixed
-                part = score_logits(logits if whole else logits[rows], ids[:, 1:] if whole else ids[rows, 1:], kind)
+                part = score_logits(logits if whole else logits[rows], targets if whole else targets[rows], kind)
                 for row, scores in zip(rows, part, strict=True):
                     end = len(texts[batch[row]].tokens) - 1
                     found[batch[row]] = Scores(*(value[:end] for value in (scores.gap, scores.log_p, scores.rest)))
