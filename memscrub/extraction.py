@@ -78,7 +78,7 @@ def score_logits(logits: Tensor, targets: Tensor, sampling: Sampling) -> Iterato
     """Scores per row from logits `[batch, length, vocabulary]` and the true next tokens `[batch, length]`."""
     vocabulary = logits.shape[-1]
     k = min(sampling.top_k, vocabulary)
-    top, indices = logits.topk(min(max(k, 2), vocabulary), dim=-1)
+    top, indices = largest(logits, min(max(k, 2), vocabulary))
     target = logits.gather(-1, targets[..., None])[..., 0]
     # Ties count for the adversary: the true token at the same logit as the best other is taken as emitted.
     # The best other token is the second best exactly when the true one is (or ties) the best.
@@ -95,6 +95,25 @@ def score_logits(logits: Tensor, targets: Tensor, sampling: Sampling) -> Iterato
     rest = others - best_other / sampling.temperature
     for row in zip(gap.cpu(), log_p.cpu(), rest.clamp(min=0.0).cpu(), strict=True):
         yield Scores(*row)
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension and their indices, like `Tensor.topk`, in half its time for small k.
+
+    The vocabulary is cut into groups of eight; the k largest values lie in the k groups with the largest maxima,
+    so only these (and the rest that fills no group) are sorted.
+    """
+    vocabulary, lead = logits.shape[-1], logits.shape[:-1]
+    size = vocabulary // 8
+    if size < 4 * k:
+        values, indices = logits.topk(k, dim=-1)
+        return values, indices
+    groups = logits[..., : 8 * size].reshape(*lead, 8, size)
+    chosen = groups.amax(-2).topk(k, dim=-1, sorted=False).indices
+    inside = groups.gather(-1, chosen[..., None, :].expand(*lead, 8, k)).flatten(-2)
+    values, places = torch.cat([inside, logits[..., 8 * size :]], dim=-1).topk(k, dim=-1)
+    grouped = places // k * size + chosen.gather(-1, places % k)
+    return values, torch.where(places < 8 * k, grouped, places - 8 * k + 8 * size)
 
 
 def _by_sampling(kinds: Sequence[Sampling]) -> Iterator[tuple[list[int], Sampling]]:

@@ -14,6 +14,7 @@ from models import FAMILIES, VOCABULARY, opened, random_text, tiny_checkpoint, t
 from torch import Tensor
 
 import memscrub.measure
+from memscrub import extraction
 from memscrub.breakpoints import Prices, TextState, extend, log_p_at
 from memscrub.continuation import Opening, continue_greedily, greedy_matches
 from memscrub.demands import demand_of
@@ -325,3 +326,12 @@ def test_a_secret_that_nothing_precedes_cannot_be_judged(tmp_path: Path) -> None
     demand = demand_of(text, policy.classes["pii"], policy.probe)
     zeros = [0.0] * len(text.tokens)
     assert extend(demand, TextState(zeros, zeros, zeros), Prices(zeros, zeros), {}, 0.3) == {}
+
+
+@given(vocabulary=st.integers(2, 400), k=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_the_grouped_top_k_equals_topk(vocabulary: int, k: int, seed: int) -> None:
+    k = min(k, vocabulary)
+    logits = torch.randn(3, 5, vocabulary, generator=torch.Generator().manual_seed(seed))
+    values, indices = extraction.largest(logits, k)
+    assert torch.equal(values, logits.topk(k, dim=-1).values)
+    assert torch.equal(logits.gather(-1, indices), values)
