@@ -56,6 +56,7 @@ def main() -> None:
     """Entry point: turns our errors into one sentence and their exit code; never 0 on an interrupt."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _terminate)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         status = app(standalone_mode=False)
@@ -81,7 +82,8 @@ def main() -> None:
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    # Not KeyboardInterrupt: typer would turn that into its own exit code.
+    raise IncompleteError("interrupted; nothing was written.")
 
 
 @app.callback(invoke_without_command=True)
