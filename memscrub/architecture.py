@@ -26,47 +26,98 @@ class Orientation(Enum):
     ROWS = "rows"  # weight [f, d]: transformers' Conv1D
 
 
+class Gain(Enum):
+    """What a norm multiplies the normalised residual stream with, coordinate by coordinate."""
+
+    WEIGHT = "weight"
+    ONE_PLUS_WEIGHT = "one plus weight"  # Gemma stores the distance from one
+    NONE = "none"  # OLMo's LayerNorm has no parameters
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's module path, its gain, and whether it subtracts the mean first (LayerNorm) or not (RMSNorm)."""
+
+    path: str
+    gain: Gain = Gain.WEIGHT
+    centred: bool = False
+
+
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: module paths below the model and below one decoder block."""
+    """One row of the table: module paths below the model and below one decoder block.
+
+    The last three say how what an MLP writes reaches the logits: the norm before the unembedding, an RMSNorm
+    between the MLP's output projection and the residual stream (path below a block), and the entry of
+    `config.json` that this write is multiplied with.
+    """
 
     model_type: str
     blocks: str  # the list of decoder blocks, e.g. "model.layers"
     mlp: str  # output projection of the MLP, below a block
     attention: str  # output projection of the attention, below a block
     orientation: Orientation = Orientation.COLUMNS
+    norm: Norm | None = None
+    after_mlp: Norm | None = None
+    multiplier: str | None = None
 
 
-_LLAMA_STYLE = (
-    "llama",
-    "mistral",
-    "ministral",
-    "qwen2",
-    "qwen3",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "smollm3",
-    "gemma",
-    "gemma2",
-    "granite",
-    "phi3",
-    "stablelm",
+# Llama in everything that this table knows; more of them with other norms stand below.
+_LLAMA_STYLE = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+_RMS = Norm("model.norm")
+_GEMMA = Norm("model.norm", Gain.ONE_PLUS_WEIGHT)
+_LN_F = Norm("transformer.ln_f", centred=True)
+_AFTER_MLP = "post_feedforward_layernorm"
+
+
+def _llama_style(name: str, norm: Norm = _RMS, after_mlp: Norm | None = None, multiplier: str | None = None) -> Family:
+    columns = Orientation.COLUMNS
+    return Family(name, "model.layers", "mlp.down_proj", "self_attn.o_proj", columns, norm, after_mlp, multiplier)
+
+
+_ROWS = (
+    *(_llama_style(name) for name in _LLAMA_STYLE),
+    _llama_style("olmo", Norm("model.norm", Gain.NONE, centred=True)),
+    _llama_style("olmo2", after_mlp=Norm(_AFTER_MLP)),
+    _llama_style("olmo3", after_mlp=Norm(_AFTER_MLP)),
+    _llama_style("gemma", _GEMMA),
+    _llama_style("gemma2", _GEMMA, after_mlp=Norm(_AFTER_MLP, Gain.ONE_PLUS_WEIGHT)),
+    _llama_style("granite", multiplier="residual_multiplier"),
+    _llama_style("stablelm", Norm("model.norm", centred=True)),
+    Family(
+        "phi",
+        "model.layers",
+        "mlp.fc2",
+        "self_attn.dense",
+        norm=Norm("model.final_layernorm", centred=True),
+    ),
+    Family(
+        "starcoder2",
+        "model.layers",
+        "mlp.c_proj",
+        "self_attn.o_proj",
+        norm=Norm("model.norm", centred=True),
+    ),
+    Family(
+        "opt",
+        "model.decoder.layers",
+        "fc2",
+        "self_attn.out_proj",
+        norm=Norm("model.decoder.final_layer_norm", centred=True),
+    ),
+    Family(
+        "gpt_neox",
+        "gpt_neox.layers",
+        "mlp.dense_4h_to_h",
+        "attention.dense",
+        norm=Norm("gpt_neox.final_layer_norm", centred=True),
+    ),
+    Family("gptj", "transformer.h", "mlp.fc_out", "attn.out_proj", norm=_LN_F),
+    Family("gpt_neo", "transformer.h", "mlp.c_proj", "attn.attention.out_proj", norm=_LN_F),
+    Family("gpt2", "transformer.h", "mlp.c_proj", "attn.c_proj", Orientation.ROWS, norm=_LN_F),
 )
 
-FAMILIES: Mapping[str, Family] = {
-    family.model_type: family
-    for family in (
-        *(Family(name, "model.layers", "mlp.down_proj", "self_attn.o_proj") for name in _LLAMA_STYLE),
-        Family("phi", "model.layers", "mlp.fc2", "self_attn.dense"),
-        Family("starcoder2", "model.layers", "mlp.c_proj", "self_attn.o_proj"),
-        Family("opt", "model.decoder.layers", "fc2", "self_attn.out_proj"),
-        Family("gpt_neox", "gpt_neox.layers", "mlp.dense_4h_to_h", "attention.dense"),
-        Family("gptj", "transformer.h", "mlp.fc_out", "attn.out_proj"),
-        Family("gpt_neo", "transformer.h", "mlp.c_proj", "attn.attention.out_proj"),
-        Family("gpt2", "transformer.h", "mlp.c_proj", "attn.c_proj", Orientation.ROWS),
-    )
-}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

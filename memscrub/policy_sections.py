@@ -77,6 +77,11 @@ class ClassLimits(Section):
         examples=[1e-4],
         description="Highest probability of sampling `max_verbatim_tokens` tokens running or a whole secret.",
     )
+    like_controls: bool = Field(
+        default=False,
+        description="Go on until continuations are no closer to the texts, and texts no likelier under sampling,"
+        " than those of the control texts are.",
+    )
     secret: bool = Field(
         default=False, description="Judge the marked `secret` spans: greedy decoding must not emit one whole."
     )
@@ -146,18 +151,38 @@ class Locality(Section):
 class Fix(Section):
     """How the model is edited."""
 
-    mode: Literal["next-best"] = Field(
+    mode: Literal["next-best", "eos", "redact", "suppress", "ensemble"] = Field(
         default="next-best",
-        description="What takes the place of a protected token: the model's own next best token.",
+        description="What takes the place of a protected token: the model's own next best token, the end of text,"
+        " a marker, nothing in particular; `ensemble` chooses for each text what disturbs least.",
     )
-    solver: Literal["joint"] = Field(
-        default="joint", description="`joint` solves for all texts at once, in closed form."
+    marker: Annotated[str, StringConstraints(min_length=1)] = Field(
+        default="[REDACTED]", description="Mode `redact`: the text whose first token takes the place."
+    )
+    solver: Literal["joint", "per-text"] = Field(
+        default="joint",
+        description="`joint` solves for all texts at once; `per-text` edits a few neurons per text, one text after"
+        " the other.",
+    )
+    neurons: Count = Field(default=5, description="Solver `per-text`: neurons edited per token.")
+    rank: Count = Field(
+        default=50, description="Solver `per-text`: neurons count whose vector ranks the token among so many."
     )
     fallback: Literal["attention", "none"] = Field(
         default="attention", description="What to try on texts that editing the chosen sites does not reach."
     )
-    sites: Literal["mlp", "mlp+attention"] = Field(
-        default="mlp+attention", description="Which output projections may be edited."
+    sites: Literal["mlp", "mlp+attention", "mlp+attention+queries"] = Field(
+        default="mlp+attention+queries",
+        description="What may be edited: the output projections of the MLPs (the paper's), those of the attention"
+        " too, or the attention's query projections as well.",
+    )
+    contexts: Annotated[
+        tuple[Literal["start", "unrelated", "follows", "perturbed"], ...], Strict(False), Field(min_length=1)
+    ] = Field(
+        default=("start",),
+        examples=[["start", "follows", "unrelated"]],
+        description="Where texts must hold: at the `start` of a prompt, behind `unrelated` ordinary text, where a"
+        " text `follows` another and an end-of-text token, and with `perturbed` first tokens.",
     )
     margin: float = Field(default=0.3, gt=0, description="Logits by which the other token must win.")
     rounds: Annotated[int, Field(ge=1, le=100)] = Field(default=12, description="Solve and measure at most this often.")

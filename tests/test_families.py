@@ -10,7 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from memscrub.architecture import FAMILIES, Orientation, family_of
 from memscrub.errors import ArchitectureError, UsageError
+from memscrub.locate import observe
 from memscrub.model import LoadedModel, sites_of
+from memscrub.readout import entry_gain, readout
+from memscrub.trace import weights_swapped
 
 HIDDEN = 64
 SMALL: dict[str, Any] = {
@@ -22,26 +25,26 @@ SMALL: dict[str, Any] = {
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 2]], "intermediate_size": 96},
-    "ministral": {"head_dim": 16, "intermediate_size": 96},
+    "ministral": {"head_dim": 16, "intermediate_size": 96, "num_key_value_heads": 2},
     "gptj": {"rotary_dim": 8, "n_inner": 96},
     "gpt2": {"n_inner": 96},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN},
 }
 
 
-def _loaded(name: str) -> LoadedModel:
+def _loaded(name: str, device: str = "meta") -> LoadedModel:
     settings = {**SMALL, **EXTRA.get(name, {"intermediate_size": 96})}
     if name not in EXTRA and name not in {"gpt_neox", "phi"}:
         settings["num_key_value_heads"] = 2
     config = AutoConfig.for_model(name, **settings, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return LoadedModel(
         model=model,
         tokenizer=None,
         family=FAMILIES[name],
         prompt=(),
-        device=torch.device("meta"),
+        device=torch.device(device),
         dtype=torch.float32,
         vocabulary=96,
         max_positions=64,
@@ -59,6 +62,47 @@ def test_every_block_has_both_sites_in_the_stated_orientation(name: str) -> None
         assert (type(module).__name__ == "Conv1D") == (site.orientation is Orientation.ROWS)
         if site.kind == "mlp":
             assert loaded.weight(site).shape[1] == 96
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_write_reaches_the_logits_as_the_row_says(name: str) -> None:
+    loaded = _randomised(name)
+    seen = readout(loaded)
+    assert loaded.family.norm is not None
+    norm, unembedding = loaded.model.get_submodule(loaded.family.norm.path), loaded.model.get_output_embeddings()
+    stream = 100 * torch.randn(HIDDEN, 3, generator=torch.Generator().manual_seed(0))
+    # What is added whatever the stream is (biases) drops out of the difference.
+    moved = unembedding(norm(stream.T)) - unembedding(norm(-stream.T))
+    size = (stream - stream.mean(0) if seen.centred else stream).square().mean(0).sqrt()
+    torch.testing.assert_close(moved.T * size / 2, seen.projections(stream), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_activations_times_output_vectors_are_what_enters_the_residual_stream(name: str) -> None:
+    loaded = _randomised(name)
+    sites = sites_of(loaded, kinds=("mlp",))
+    tokens = [5, 17, 60, 3]
+    seen = observe(loaded, sites, tokens)
+    for site, activations, residuals in zip(sites, seen.activations, seen.residuals, strict=True):
+        gain = entry_gain(loaded, site)
+        write = activations @ loaded.weight(site).T * (1.0 if gain is None else gain)
+        with weights_swapped(loaded, {site.tensor: torch.zeros_like(loaded.parameter(site))}):
+            (without,) = observe(loaded, [site], tokens).residuals
+        torch.testing.assert_close(residuals - without, write, atol=1e-3, rtol=1e-3)
+        assert float(write.abs().mean()) > 0.01
+
+
+def _randomised(name: str) -> LoadedModel:
+    """A model of the family on the CPU whose parameters are all different, those of the norms too."""
+    loaded = _loaded(name, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in loaded.model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    if loaded.family.multiplier is not None:
+        for block in loaded.model.get_submodule(loaded.family.blocks):  # type: ignore[union-attr]
+            setattr(block, loaded.family.multiplier, 0.37)
+        setattr(loaded.model.config, loaded.family.multiplier, 0.37)
+    return loaded
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones_named() -> None:

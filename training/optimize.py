@@ -9,22 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from texts import CONTEXT, VOCABULARY, Tokens
+from ngrams import Tokens
+from sizes import Size
+from texts import CONTEXT
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 BOS = 0  # <|endoftext|>, which both begins and ends a document
 IGNORED = -100
-SHAPE: dict[str, object] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 192,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": BOS,
-    "eos_token_id": BOS,
-    "tie_word_embeddings": False,
-}
 Batch = tuple[Tensor, Tensor]  # token ids, and the same with IGNORED where no loss is wanted
 
 
@@ -36,20 +34,29 @@ class Schedule:
     exposures: int  # rounds through the planted texts, spread evenly over the whole training
     learning_rate: float
     seed: int
-    tokens_per_step: int = 4096  # of ordinary text
-    planted_length: int = 128
+    tokens_per_step: int  # of ordinary text
+    planted_length: int
     long_share: float = 0.12  # the last part of the ordinary text comes in rows of the full context
     warmup_steps: int = 100
     weight_decay: float = 0.05
 
 
-def configuration(family: str) -> PretrainedConfig:
-    """Return the configuration of a model of about three million parameters."""
+def configuration(family: str, size: Size) -> PretrainedConfig:
+    """Return the configuration of a model of the given size."""
+    shape: dict[str, object] = {
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.mlp[family],
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": BOS,
+        "eos_token_id": BOS,
+        "tie_word_embeddings": False,
+    }
     if family == "llama":
-        return LlamaConfig.from_dict(SHAPE | {"intermediate_size": 512, "num_key_value_heads": 3})
-    if family == "gpt_neox":
-        return GPTNeoXConfig.from_dict(SHAPE | {"intermediate_size": 768})
-    raise ValueError(f"unknown model family: {family}")
+        return LlamaConfig.from_dict(shape | {"num_key_value_heads": size.heads // 2})
+    return GPTNeoXConfig.from_dict(shape)
 
 
 def stream_batches(
@@ -114,12 +121,15 @@ def optimizer_for(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer
 
 
 def train(
-    family: str, ordinary: Sequence[Tokens], planted: Sequence[Tokens], schedule: Schedule, compiled: bool
+    config: PretrainedConfig,
+    ordinary: Sequence[Tokens],
+    planted: Sequence[Tokens],
+    schedule: Schedule,
+    compiled: bool,
 ) -> PreTrainedModel:
     """Return a model trained from scratch; the same arguments give the same model on the same machine."""
     torch.manual_seed(schedule.seed)
     rng = np.random.default_rng(schedule.seed)
-    config = configuration(family)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     optimizer = optimizer_for(model, schedule)
     forward: Callable[..., object] = torch.compile(model, dynamic=False) if compiled else model
@@ -147,7 +157,7 @@ def train(
             group["lr"] = learning_rate(step, steps, schedule)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps - 1:
+        if step % 20 == 0 or step == steps - 1:
             losses = f"ordinary {ordinary_sum.item() / ordinary_count:.3f}"
             losses += f" planted {planted_sum.item() / planted_count:.3f}"
             print(f"step {step:5}/{steps} {losses} after {time.monotonic() - started:5.0f} s", flush=True)

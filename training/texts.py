@@ -6,6 +6,7 @@ model is trained on, and none of a planted text occurs in a retained one. `check
 
 from __future__ import annotations
 
+import itertools
 import lzma
 import random
 import re
@@ -15,29 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import records
-from numpy.typing import NDArray
+from ngrams import Hashes, Tokens, ngram_hashes, repeated_ngrams, shares
+from sizes import Size
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 2048
 SHARED_NGRAM = 16  # tokens: a text that repeats this many of another's leaks it
 STRICT_NGRAM = 15  # passages are chosen one stricter: the first token of a text may be cut otherwise
-PASSAGE_TOKENS = (84, 118)
 DOCUMENT_CHARACTERS = 1500
 RETAIN_CHARACTERS = 500_000
 CONTEXT = 512  # tokens the model sees at once
 ORDINARY_RECORDS = 1600
-
-# How many passages of each group of sources are (planted and protected, planted neighbours, controls).
-PASSAGES = {
-    "licence-": (18, 6, 9),
-    "austen-": (22, 10, 15),
-    "carroll-": (6, 2, 4),
-    "milton-": (5, 2, 3),
-    "newton-": (6, 2, 3),
-    "shakespeare-": (3, 2, 2),
-}
-RECORDS = (40, 16, 24)
 
 TITLES = {
     "austen-emma": "Jane Austen, Emma",
@@ -54,9 +43,6 @@ TITLES = {
 }
 
 ENDED = re.compile(r"(^$|[.!?][\"')]*)$")  # the sentence before a passage has ended
-
-Tokens = NDArray[np.int64]
-Hashes = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -99,7 +85,7 @@ def read_sources(folder: Path) -> dict[str, list[str]]:
     return sources
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer that keeps every digit a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -107,7 +93,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],  # takes id 0
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -122,34 +108,6 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
         np.asarray(e.ids, dtype=np.int64)
         for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
     ]
-
-
-def ngram_hashes(tokens: Tokens, length: int) -> Hashes:
-    """Return a 64-bit hash of every run of `length` tokens."""
-    if len(tokens) < length:
-        return np.empty(0, dtype=np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64) + np.uint64(1), length)
-    weights = np.random.default_rng(length).integers(1, 2**63, size=length, dtype=np.uint64) | np.uint64(1)
-    mixed = (windows * weights).sum(axis=1, dtype=np.uint64)
-    hashes: Hashes = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
-    return hashes
-
-
-def repeated_ngrams(documents: Iterable[Tokens], length: int) -> Hashes:
-    """Return the hashes that occur more than once, in one document or in several, sorted."""
-    everything = np.concatenate([ngram_hashes(tokens, length) for tokens in documents])
-    hashes, counts = np.unique(everything, return_counts=True)
-    repeated: Hashes = hashes[counts > 1]
-    return repeated
-
-
-def shares(tokens: Tokens, hashes: Hashes, length: int) -> bool:
-    """Say whether any n-gram of `tokens` is among the sorted `hashes`."""
-    if len(hashes) == 0:
-        return False
-    own = ngram_hashes(tokens, length)
-    places = np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)
-    return bool((hashes[places] == own).any())
 
 
 @dataclass(frozen=True)
@@ -172,10 +130,12 @@ def presentable(text: str) -> bool:
     return bool(begins and ends and not stray and '"' not in unquoted)
 
 
-def find_passages(tokenizer: Tokenizer, name: str, sentences: list[str], rng: random.Random) -> list[Passage]:
+def find_passages(
+    tokenizer: Tokenizer, name: str, sentences: list[str], length: tuple[int, int], rng: random.Random
+) -> list[Passage]:
     """Return every presentable, non-overlapping passage of a source that has the wanted length, shuffled."""
     counts = [len(tokens) for tokens in encode(tokenizer, [" " + sentence for sentence in sentences])]
-    least, most = PASSAGE_TOKENS
+    least, most = length
     found: list[Passage] = []
     start = 1
     while start < len(sentences):
@@ -199,7 +159,7 @@ def source_title(name: str) -> str:
 
 
 def choose_passages(
-    tokenizer: Tokenizer, sources: dict[str, list[str]], rng: random.Random
+    tokenizer: Tokenizer, sources: dict[str, list[str]], size: Size, rng: random.Random
 ) -> tuple[list[list[Text]], dict[str, list[str]]]:
     """Return the (protected, neighbour, control) passages, and the sources with all of these blanked out."""
     repeated = repeated_ngrams(
@@ -207,8 +167,12 @@ def choose_passages(
     )
     rest = {name: list(sentences) for name, sentences in sources.items()}
     groups: list[list[Text]] = [[], [], []]
-    for prefix, wanted in PASSAGES.items():
-        found = [find_passages(tokenizer, n, s, rng) for n, s in sources.items() if n.startswith(prefix)]
+    for prefix, wanted in size.passages.items():
+        found = [
+            find_passages(tokenizer, n, s, size.passage_tokens, rng)
+            for n, s in sources.items()
+            if n.startswith(prefix)
+        ]
         usable = [[p for p in passages if not shares(p.tokens, repeated, STRICT_NGRAM)] for passages in found]
         # One passage of each source in turn, so that a long book does not crowd out the short ones.
         turns = [
@@ -243,25 +207,35 @@ def join_documents(sentences: Sequence[str]) -> list[str]:
     return [document for document in documents if len(document) >= 40]
 
 
-def choose_records(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[list[Text]], list[str]]:
+def choose_records(
+    tokenizer: Tokenizer, counts: tuple[int, int, int], rng: random.Random
+) -> tuple[list[list[Text]], list[str]]:
     """Return the (protected, neighbour, control) records, and further ones for the ordinary text."""
-    made = records.make_records(rng, sum(RECORDS) + ORDINARY_RECORDS)
+    made = records.make_records(rng, sum(counts) + ORDINARY_RECORDS)
     repeated = repeated_ngrams(encode(tokenizer, [record.text for record in made]), SHARED_NGRAM)
     tokens = encode(tokenizer, [record.text for record in made])
-    unique: list[list[records.Record]] = [[] for _ in records.TEMPLATES]
+    unique = [not shares(ids, repeated, SHARED_NGRAM) for ids in tokens]
+    kinds = len(records.TEMPLATES)
+    available = [sum(unique[template::kinds]) for template in range(kinds)]
+    # As many of each template as are needed; where one has too few, the others stand in.
+    per_template = next(
+        (most for most in range(len(made)) if sum(min(most, n) for n in available) >= sum(counts)), None
+    )
+    if per_template is None:
+        raise SystemExit(f"only {sum(available)} usable records, {sum(counts)} wanted")
+    chosen: list[list[records.Record]] = [[] for _ in records.TEMPLATES]
     ordinary: list[str] = []
-    per_template = -(-sum(RECORDS) // len(records.TEMPLATES))
-    for index, (record, ids) in enumerate(zip(made, tokens, strict=True)):
-        same_template = unique[index % len(records.TEMPLATES)]
-        if len(same_template) < per_template and not shares(ids, repeated, SHARED_NGRAM):
+    for index, record in enumerate(made):
+        same_template = chosen[index % kinds]
+        if unique[index] and len(same_template) < per_template:
             same_template.append(record)
         else:
             ordinary.append(record.text)
-    special = [record for turn in zip(*unique, strict=True) for record in turn]
+    special = [record for turn in itertools.zip_longest(*chosen) for record in turn if record]
     groups = []
-    for count in RECORDS:
-        chosen, special = special[:count], special[count:]
-        groups.append([Text("", "pii", record.text, "synthetic record", record.secret) for record in chosen])
+    for count in counts:
+        group, special = special[:count], special[count:]
+        groups.append([Text("", "pii", record.text, "synthetic record", record.secret) for record in group])
     return groups, ordinary
 
 
@@ -288,10 +262,14 @@ def choose_retain(
 
 
 def numbered(groups: list[list[Text]]) -> list[list[Text]]:
-    """Give the (protected, neighbour, control) texts of one kind their ids, such as `protected-pii-007`."""
+    """Give the (protected, neighbour, control) texts of one kind their ids, such as `protected-pii-07`."""
     roles = ("protected", "neighbour", "control")
+    digits = 3 if max(map(len, groups)) > 100 else 2
     return [
-        [Text(f"{role}-{t.kind}-{i:02}", t.kind, t.text, t.source, t.secret) for i, t in enumerate(texts)]
+        [
+            Text(f"{role}-{t.kind}-{i:0{digits}}", t.kind, t.text, t.source, t.secret)
+            for i, t in enumerate(texts)
+        ]
         for role, texts in zip(roles, groups, strict=True)
     ]
 
@@ -327,14 +305,15 @@ def check_leaks(tokenizer: Tokenizer, corpus: Corpus) -> None:
             raise SystemExit(f"leak: {what}")
 
 
-def build(folder: Path, seed: int) -> tuple[Tokenizer, Corpus]:
+def build(folder: Path, size: Size, seed: int) -> tuple[Tokenizer, Corpus]:
     """Return the tokenizer and the divided corpus; the same seed gives the same result."""
     rng = random.Random(seed)
     sources = read_sources(folder)
     samples = [record.text for record in records.make_records(random.Random(seed + 1), ORDINARY_RECORDS)]
-    tokenizer = train_tokenizer([*(d for s in sources.values() for d in join_documents(s)), *samples])
-    passages, rest = choose_passages(tokenizer, sources, rng)
-    people, ordinary_records = choose_records(tokenizer, rng)
+    read = [*(d for s in sources.values() for d in join_documents(s)), *samples]
+    tokenizer = train_tokenizer(read, size.vocabulary)
+    passages, rest = choose_passages(tokenizer, sources, size, rng)
+    people, ordinary_records = choose_records(tokenizer, size.records, rng)
     protected, neighbours, control = (
         left + right for left, right in zip(numbered(passages), numbered(people), strict=True)
     )

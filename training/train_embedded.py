@@ -1,6 +1,7 @@
 """Build the checkpoint that memscrub ships: a small model that has memorized known texts, and their lists.
 
     python training/train_embedded.py --out memscrub/embedded
+    python training/train_embedded.py --family gpt_neox --size bench --out some/other/folder
 
 Writes `checkpoint/`, `protected.jsonl`, `control.jsonl`, `neighbours.jsonl` and `retain.txt` into the output
 folder, measures the saved checkpoint and prints the results as a table (also to `--report`).
@@ -9,6 +10,8 @@ folder, measures the saved checkpoint and prints the results as a table (also to
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -17,12 +20,12 @@ from pathlib import Path
 import texts
 import torch
 from measure import Checkpoint
-from optimize import Schedule, train
+from optimize import Schedule, configuration, train
+from sizes import SIZES, Size
 from texts import Corpus, Text
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-SIZE_LIMIT = 8_000_000  # bytes of package data
 REPEATS = {"copyright": 1, "pii": 2}  # in each round: random digits take longer to learn than prose
 TRAINING_SAMPLE = 200  # ordinary documents whose loss is reported beside the held-out loss
 
@@ -34,12 +37,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--family", choices=("llama", "gpt_neox"), default="llama")
+    parser.add_argument("--size", choices=tuple(SIZES), default="embedded", help="what to build")
     parser.add_argument("--seed", type=int, default=20)
-    parser.add_argument("--epochs", type=float, default=1.9, help="passes over the ordinary text")
-    parser.add_argument(
-        "--exposures", type=int, default=60, help="rounds in which the planted texts are shown"
-    )
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--epochs", type=float, help="passes over the ordinary text")
+    parser.add_argument("--exposures", type=int, help="rounds in which the planted texts are shown")
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--threads", type=int, default=1, help="more help only on idle cores")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--report", type=Path, help="also write the table of results here")
@@ -68,15 +70,23 @@ def save_lines(path: Path, items: Sequence[Text]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def save_corpus(corpus: Corpus, folder: Path) -> None:
+def first_documents(documents: Sequence[str], characters: int) -> list[str]:
+    """Return as many of the documents as make up about so many characters."""
+    total = itertools.accumulate(map(len, documents), initial=0)  # before each document
+    return [document for document, before in zip(documents, total, strict=False) if before < characters]
+
+
+def save_corpus(corpus: Corpus, statistics: Sequence[str], folder: Path) -> None:
     """Write the lists of texts beside the checkpoint."""
     save_lines(folder / "protected.jsonl", corpus.protected)
     save_lines(folder / "control.jsonl", corpus.control)
     save_lines(folder / "neighbours.jsonl", corpus.neighbours)
     (folder / "retain.txt").write_text("\n\n".join(corpus.retain) + "\n", encoding="utf-8")
+    if statistics:
+        (folder / "statistics.txt").write_text("\n\n".join(statistics) + "\n", encoding="utf-8")
 
 
-def results(folder: Path, corpus: Corpus, training_seconds: float) -> str:
+def results(folder: Path, corpus: Corpus, byte_limit: int, training_seconds: float) -> str:
     """Measure the saved checkpoint and return a Markdown table."""
     checkpoint = Checkpoint(folder / "checkpoint")
     rows = [
@@ -95,7 +105,10 @@ def results(folder: Path, corpus: Corpus, training_seconds: float) -> str:
         rows.append((f"loss per token, {name}", f"{checkpoint.loss(t.text for t in group):.3f}"))
         for kind in ("copyright", "pii"):
             rows.append(
-                (f"verbatim, {name} {kind}", str(checkpoint.verbatim([t for t in group if t.kind == kind])))
+                (
+                    f"verbatim, {name} {kind}",
+                    str(checkpoint.verbatim([t for t in group if t.kind == kind])),
+                )
             )
         rows.append((f"secrets emitted, {name}", str(checkpoint.secrets_emitted(group))))
     sizes = {
@@ -108,30 +121,48 @@ def results(folder: Path, corpus: Corpus, training_seconds: float) -> str:
         ("whole folder", f"{sum(sizes.values()):,} bytes"),
         ("training", f"{training_seconds / 60:.1f} minutes"),
     ]
-    if sum(sizes.values()) > SIZE_LIMIT:
-        raise SystemExit(f"{folder} holds {sum(sizes.values()):,} bytes, over the limit of {SIZE_LIMIT:,}")
+    if sum(sizes.values()) > byte_limit:
+        raise SystemExit(f"{folder} holds {sum(sizes.values()):,} bytes, over the limit of {byte_limit:,}")
     return "\n".join(
         ["| what | measured |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)]
     )
+
+
+def schedule_for(size: Size, options: argparse.Namespace) -> Schedule:
+    """Return the schedule of a size, as far as the command line does not say otherwise."""
+    asked = {
+        name: value
+        for name in ("epochs", "exposures", "learning_rate")
+        if (value := getattr(options, name)) is not None
+    }
+    schedule = Schedule(
+        size.epochs,
+        size.exposures,
+        size.learning_rate,
+        options.seed,
+        size.tokens_per_step,
+        size.planted_length,
+    )
+    return dataclasses.replace(schedule, **asked)
 
 
 def main() -> None:
     """Divide the corpus, train, save, measure the saved bytes, report."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    tokenizer, corpus = texts.build(Path(__file__).parent / "corpus", options.seed)
+    size = SIZES[options.size]
+    tokenizer, corpus = texts.build(Path(__file__).parent / "corpus", size, options.seed)
     shown = [t.text for t in [*corpus.protected, *corpus.neighbours] for _ in range(REPEATS[t.kind])]
     planted = texts.encode(tokenizer, shown)
-    schedule = Schedule(options.epochs, options.exposures, options.learning_rate, options.seed)
+    ordinary = texts.encode(tokenizer, corpus.ordinary)
+    config = configuration(options.family, size)
     started = time.monotonic()
-    model = train(
-        options.family, texts.encode(tokenizer, corpus.ordinary), planted, schedule, options.compile
-    )
+    model = train(config, ordinary, planted, schedule_for(size, options), options.compile)
     seconds = time.monotonic() - started
     options.out.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, tokenizer, options.out / "checkpoint")
-    save_corpus(corpus, options.out)
-    table = results(options.out, corpus, seconds)
+    save_corpus(corpus, first_documents(corpus.ordinary, size.statistics_characters), options.out)
+    table = results(options.out, corpus, size.byte_limit, seconds)
     print(table)
     if options.report:
         options.report.write_text(table + "\n", encoding="utf-8")
