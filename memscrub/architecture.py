@@ -12,7 +12,7 @@ each site is found and has the orientation the row says; `tests/test_edit.py` sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -43,6 +43,14 @@ class Norm:
     centred: bool = False
 
 
+class Layout(Enum):
+    """Where the queries are in the output of the module that computes them."""
+
+    ALONE = "alone"  # a module of their own
+    FIRST = "first"  # queries, then keys, then values
+    PER_HEAD = "per head"  # for each head its query, its key, its value
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table: module paths below the model and below one decoder block.
@@ -56,6 +64,8 @@ class Family:
     blocks: str  # the list of decoder blocks, e.g. "model.layers"
     mlp: str  # output projection of the MLP, below a block
     attention: str  # output projection of the attention, below a block
+    query: str  # the module that computes the attention's queries, below a block
+    layout: Layout = Layout.ALONE
     orientation: Orientation = Orientation.COLUMNS
     norm: Norm | None = None
     after_mlp: Norm | None = None
@@ -63,7 +73,7 @@ class Family:
 
 
 # Llama in everything that this table knows; more of them with other norms stand below.
-_LLAMA_STYLE = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+_LLAMA_STYLE = ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3")
 _RMS = Norm("model.norm")
 _GEMMA = Norm("model.norm", Gain.ONE_PLUS_WEIGHT)
 _LN_F = Norm("transformer.ln_f", centred=True)
@@ -71,12 +81,21 @@ _AFTER_MLP = "post_feedforward_layernorm"
 
 
 def _llama_style(name: str, norm: Norm = _RMS, after_mlp: Norm | None = None, multiplier: str | None = None) -> Family:
-    columns = Orientation.COLUMNS
-    return Family(name, "model.layers", "mlp.down_proj", "self_attn.o_proj", columns, norm, after_mlp, multiplier)
+    return Family(
+        name,
+        "model.layers",
+        "mlp.down_proj",
+        "self_attn.o_proj",
+        "self_attn.q_proj",
+        norm=norm,
+        after_mlp=after_mlp,
+        multiplier=multiplier,
+    )
 
 
 _ROWS = (
     *(_llama_style(name) for name in _LLAMA_STYLE),
+    replace(_llama_style("phi3"), query="self_attn.qkv_proj", layout=Layout.FIRST),
     _llama_style("olmo", Norm("model.norm", Gain.NONE, centred=True)),
     _llama_style("olmo2", after_mlp=Norm(_AFTER_MLP)),
     _llama_style("olmo3", after_mlp=Norm(_AFTER_MLP)),
@@ -89,6 +108,7 @@ _ROWS = (
         "model.layers",
         "mlp.fc2",
         "self_attn.dense",
+        "self_attn.q_proj",
         norm=Norm("model.final_layernorm", centred=True),
     ),
     Family(
@@ -96,6 +116,7 @@ _ROWS = (
         "model.layers",
         "mlp.c_proj",
         "self_attn.o_proj",
+        "self_attn.q_proj",
         norm=Norm("model.norm", centred=True),
     ),
     Family(
@@ -103,6 +124,7 @@ _ROWS = (
         "model.decoder.layers",
         "fc2",
         "self_attn.out_proj",
+        "self_attn.q_proj",
         norm=Norm("model.decoder.final_layer_norm", centred=True),
     ),
     Family(
@@ -110,11 +132,22 @@ _ROWS = (
         "gpt_neox.layers",
         "mlp.dense_4h_to_h",
         "attention.dense",
+        "attention.query_key_value",
+        Layout.PER_HEAD,
         norm=Norm("gpt_neox.final_layer_norm", centred=True),
     ),
-    Family("gptj", "transformer.h", "mlp.fc_out", "attn.out_proj", norm=_LN_F),
-    Family("gpt_neo", "transformer.h", "mlp.c_proj", "attn.attention.out_proj", norm=_LN_F),
-    Family("gpt2", "transformer.h", "mlp.c_proj", "attn.c_proj", Orientation.ROWS, norm=_LN_F),
+    Family("gptj", "transformer.h", "mlp.fc_out", "attn.out_proj", "attn.q_proj", norm=_LN_F),
+    Family("gpt_neo", "transformer.h", "mlp.c_proj", "attn.attention.out_proj", "attn.attention.q_proj", norm=_LN_F),
+    Family(
+        "gpt2",
+        "transformer.h",
+        "mlp.c_proj",
+        "attn.c_proj",
+        "attn.c_attn",
+        Layout.FIRST,
+        Orientation.ROWS,
+        norm=_LN_F,
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memscrub.model import LoadedModel, Site, head_count
+from memscrub.model import LoadedModel, head_count
+from memscrub.sites import Site
 from memscrub.solver import Linearised
 
 # Heads joined to the edit: this share of all heads, those that contribute most.

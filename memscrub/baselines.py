@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memscrub.edit import EditableModel
+from memscrub.editable import EditableModel
 from memscrub.locate import Locator
 from memscrub.modes import Baseline, Mode
 from memscrub.output_vectors import Changes, kept_on_error, live_vectors, write_vectors

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from memscrub.extraction import IMPOSSIBLE, Sampling
+from memscrub.modes import Mode
 
 # Sampling limits are aimed at with this much to spare (nats), for the error of linearisation.
 SPARE = 0.5
@@ -40,6 +41,8 @@ class Demand:
     spans: tuple[tuple[int, int, float | None], ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     judged: tuple[tuple[int, int], ...] | None = None
+    mode: Mode = Mode.NEXT_BEST
+    rival: int | None = None  # the token that takes the place of broken ones, where the mode fixes it
 
     def stretches(self) -> Sequence[tuple[int, int]]:
         """The index ranges `[begin, end)` in which runs and windows are judged."""
@@ -121,6 +124,12 @@ def extend(
     if demand.window is not None:
         _deepen_windows(demand, state, prices, margins, margin)
     return margins
+
+
+def planned_cost(demand: Demand, state: TextState, prices: Prices, margin: float, threshold: float = 0.0) -> float:
+    """What the break points that this demand asks for would disturb, each by itself."""
+    points = extend(demand, state, prices, {}, margin, threshold=threshold)
+    return sum(prices.cost(token, depth) - prices.fixed for token, depth in points.items())
 
 
 def cheapest_cover(costs: Sequence[float], allowed: int) -> list[int]:

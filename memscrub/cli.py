@@ -142,6 +142,10 @@ def fix(
     keep_partial: Annotated[
         bool, typer.Option("--keep-partial", help="Write the directory even if the policy is not reached.")
     ] = False,
+    stats: Annotated[Optional[Path], typer.Option("--stats", help="Keep the retain statistics in this file.")] = None,  # noqa: UP045
+    utility: Annotated[
+        Optional[str], typer.Option("--utility", help="lm-eval:TASK[,TASK] to run before and after.")  # noqa: UP045
+    ] = None,
     report: ReportFile = None,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -152,6 +156,7 @@ def fix(
     _check_report_file(report)
     from memscrub.scrub import Signing
     from memscrub.scrub import fix as run
+    from memscrub.utility import tasks_of
 
     signing = None if sign is None else Signing(sign, os.environ.get(PASSWORD))
     with _progress(quiet) as progress:
@@ -162,6 +167,8 @@ def fix(
             sign=signing,
             overwrite=overwrite,
             keep_partial=keep_partial,
+            statistics=stats,
+            utility=None if utility is None else tasks_of(utility),
             device=device,
             seed=seed,
             progress=progress,
@@ -280,6 +287,58 @@ def demo(
     ):
         console.print(f"  {line}", highlight=False, soft_wrap=True)
     raise typer.Exit(done.fixed.report.verdict.exit_code)
+
+
+@app.command()
+def bench(
+    checkpoint: Checkpoint,
+    policy: PolicyFile,
+    json: Annotated[Optional[Path], typer.Option("--json", help="Write the results as JSON, row by row.")] = None,  # noqa: UP045
+    markdown: Annotated[Optional[Path], typer.Option("--markdown", help="Write the tables as Markdown.")] = None,  # noqa: UP045
+    plot: Annotated[Optional[Path], typer.Option("--plot", help="Write the scatter plot (.svg or .png).")] = None,  # noqa: UP045
+    only: Annotated[
+        Optional[list[str]], typer.Option("--only", help="Only rows with this in their name; may be repeated.")  # noqa: UP045
+    ] = None,
+    sample: Annotated[int, typer.Option("--sample", help="Texts that are edited one at a time.", min=1)] = 30,
+    skip_finetuning: Annotated[bool, typer.Option("--skip-finetuning", help="Leave the fine-tuning runs out.")] = False,
+    threads: Annotated[Optional[int], typer.Option("--threads", help="CPU threads of torch.", min=1)] = None,  # noqa: UP045
+    quiet: Quiet = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Every method and every baseline on one checkpoint, in one table. Writes no checkpoint."""
+    import shlex
+
+    import torch
+
+    from memscrub.bench import Files
+    from memscrub.bench import bench as run
+    from memscrub.bench_console import show_bench
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    command = shlex.join(["memscrub", *sys.argv[1:]])
+    try:
+        with _progress(quiet or not sys.stderr.isatty()) as progress:
+            done = run(
+                checkpoint,
+                policy,
+                recipes=() if skip_finetuning else None,
+                only=only or (),
+                sample=sample,
+                files=Files(json, markdown, plot),
+                command=command,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+    except IncompleteError as error:
+        if json is None or not json.is_file():
+            raise
+        where = f"what was finished by then is in {json}"
+        raise IncompleteError(str(error).replace("nothing was written", where)) from None
+    if not quiet:
+        show_bench(Console(), done)
 
 
 @contextmanager

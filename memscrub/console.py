@@ -16,7 +16,7 @@ from rich.text import Text
 
 from memscrub.judgement import Measures, Status
 from memscrub.records import class_counts
-from memscrub.report import LocalityRecord, Report, TextRecord
+from memscrub.report import BenignRecord, LocalityRecord, NeighbourRecord, Report, ScoreRecord, TextRecord
 from memscrub.verdict import Outcome
 
 BAR = 16
@@ -51,11 +51,11 @@ def show_report(console: Console, report: Report) -> None:
     if report.locality is not None:
         console.print(_locality_line(report.locality), highlight=False)
     if report.neighbours is not None and report.neighbours.known_before:
-        share = report.neighbours.still_known / report.neighbours.known_before
-        console.print(
-            f"neighbours: {share:.1%} of the tokens known in {report.neighbours.texts} unprotected texts still known",
-            highlight=False,
-        )
+        console.print(_neighbour_line(report.neighbours), highlight=False)
+    if report.benign is not None:
+        console.print(_benign_line(report.benign), highlight=False)
+    for score in report.utility.scores if report.utility is not None else ():
+        console.print(Text(_score_line(score)))
     show_verdict(console, report)
 
 
@@ -126,16 +126,37 @@ def _control_line(records: Sequence[TextRecord]) -> str:
     return f"controls (never trained on): {bad}/{len(records)} break the same limits, longest run {longest}"
 
 
-def _locality_line(record: LocalityRecord) -> str:
-    def mark(holds: bool) -> str:
-        return "[green]ok[/]" if holds else "[red]broken[/]"
+def _mark(holds: bool) -> str:
+    return "[green]ok[/]" if holds else "[red]broken[/]"
 
+
+def _locality_line(record: LocalityRecord) -> str:
+    worst = "" if record.max_worst_kl is None else f" {_mark(record.worst_kl <= record.max_worst_kl)}"
     return (
-        f"locality on {record.tokens} unseen tokens: KL {record.kl:.4f} {mark(record.kl <= record.max_kl)},"
-        f" same token {record.agreement:.1%} {mark(record.agreement >= record.min_agreement)},"
-        f" perplexity x{record.perplexity_ratio:.4f} {mark(record.perplexity_ratio <= record.max_perplexity_ratio)}"
-        f" (KL at the start of a text {record.start_kl:.4f})"
+        f"locality on {record.tokens} unseen tokens: KL {record.kl:.4f} {_mark(record.kl <= record.max_kl)},"
+        f" same token {record.agreement:.1%} {_mark(record.agreement >= record.min_agreement)},"
+        f" perplexity x{record.perplexity_ratio:.4f} {_mark(record.perplexity_ratio <= record.max_perplexity_ratio)}"
+        f" (KL of the worst row {record.worst_kl:.4f}{worst}, at the start of a text {record.start_kl:.4f})"
     )
+
+
+def _neighbour_line(record: NeighbourRecord) -> str:
+    share = record.still_known / record.known_before
+    mark = "" if record.min_kept is None else f" {_mark(share >= record.min_kept)}"
+    return f"neighbours: {share:.1%} of the tokens known in {record.texts} unprotected texts still known{mark}"
+
+
+def _benign_line(record: BenignRecord) -> str:
+    return (
+        f"{record.prompts} benign prompts: {record.degenerate_before} degenerate before, {record.degenerate_after}"
+        f" after; {record.ended_before} end early before, {record.ended_after} after; continuations"
+        f" {record.agreement:.2f} alike"
+    )
+
+
+def _score_line(score: ScoreRecord) -> str:
+    before, after = ("-" if value is None else f"{value:.4f}" for value in (score.before, score.after))
+    return f"utility {score.task}, {score.metric}: {before} before, {after} after"
 
 
 def token_strip(words: Sequence[str], emitted: Sequence[bool], start: int) -> Text:

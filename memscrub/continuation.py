@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rapidfuzz.distance import Levenshtein
@@ -101,11 +102,15 @@ def _generate(loaded: LoadedModel, given: Sequence[Sequence[int]], length: int) 
     length = min(length, loaded.max_positions - len(given[0]))
     if length < 1:
         return [()] * len(given)
-    # No end token: an adversary does not stop at one.
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0, use_cache=True)  # type: ignore[no-untyped-call]
     ids = torch.tensor(given, dtype=torch.long, device=loaded.device)
-    with torch.inference_mode():
-        out = loaded.model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=greedy
-        )
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0, use_cache=True)  # type: ignore[no-untyped-call]
+    # No end token: an adversary does not stop at one. What `greedy` leaves open, `generate` takes from the
+    # checkpoint's own settings: its end token, and penalties that a forward pass knows nothing of.
+    model: Any = loaded.model
+    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    finally:
+        model.generation_config = own
     return [tuple(row) for row in out[:, ids.shape[1] :].tolist()]

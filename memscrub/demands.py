@@ -9,6 +9,7 @@ from rapidfuzz.distance import Levenshtein
 from memscrub.breakpoints import Demand
 from memscrub.continuation import Continuation
 from memscrub.extraction import Sampling
+from memscrub.modes import Mode
 from memscrub.policy_sections import ClassLimits, Probe
 from memscrub.tokens import TokenText
 
@@ -16,8 +17,10 @@ from memscrub.tokens import TokenText
 AGREEING = 3
 
 
-def demand_of(text: TokenText, limits: ClassLimits, probe: Probe) -> Demand:
-    """What a text's class asks of its token sequence."""
+def demand_of(
+    text: TokenText, limits: ClassLimits, probe: Probe, mode: Mode = Mode.NEXT_BEST, rival: int | None = None
+) -> Demand:
+    """What a text's class asks of its token sequence; `rival` takes broken tokens' places where the mode fixes it."""
     limit = None if limits.max_sampling_probability is None else math.log(limits.max_sampling_probability)
     first = text.first_judged(probe.min_prefix_tokens)
     width = limits.max_verbatim_tokens
@@ -29,6 +32,8 @@ def demand_of(text: TokenText, limits: ClassLimits, probe: Probe) -> Demand:
         window=None if limits.secret or limit is None or width is None else (width, limit),
         spans=tuple((max(begin, 1), end, limit) for begin, end in text.secrets) if limits.secret else (),
         sampling=Sampling(limits.top_k, limits.temperature),
+        mode=mode,
+        rival=rival,
     )
 
 

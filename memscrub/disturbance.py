@@ -8,6 +8,7 @@ protected text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from memscrub.errors import NumericalError
-from memscrub.model import LoadedModel, Site
+from memscrub.model import LoadedModel
+from memscrub.sites import Site
 from memscrub.tokens import batches
 from memscrub.trace import traced
 
@@ -24,7 +26,8 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Metric:
-    """Cholesky factors of the two metrics of one site: of C `[f, f]` and of F `[d, d]`, ridge included."""
+    """Cholesky factors of the two metrics of one site: of C `[f, f]` and of F `[d, d]`, ridge included;
+    f and d count editable columns and rows only."""
 
     inputs: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
@@ -37,10 +40,13 @@ class Metric:
         """F^-1 g for each row of `[n, d]`."""
         return torch.cholesky_solve(gradients.T, self.outputs).T
 
-    def restricted(self, columns: Sequence[int]) -> Metric:
-        """The metric for an edit of these output vectors only."""
-        rows = self.inputs[list(columns)]
-        return Metric(torch.linalg.cholesky(rows @ rows.T), self.outputs)
+    def scaled(self, factor: float) -> Metric:
+        """The same metric at `factor` times the price."""
+        return Metric(self.inputs, self.outputs * math.sqrt(factor))
+
+    def price(self, part: Tensor) -> float:
+        """The predicted disturbance 1/2 tr(F D C D^T) of an edit `[d, f]` of the site's editable part."""
+        return 0.5 * float((self.outputs.T @ part @ self.inputs).square().sum())
 
 
 def measure_disturbance(
@@ -69,13 +75,15 @@ def measure_disturbance(
             log_p = loaded.logits(ids).log_softmax(-1)
             labels = _sample(log_p.detach(), generator)
             gradients = torch.autograd.grad(log_p.gather(-1, labels).sum(), trace.writes)
+        inputs = [site.inputs(a) for site, a in zip(sites, trace.activations, strict=True)]
+        outputs = [site.outputs(g) for site, g in zip(sites, gradients, strict=True)]
         if not sums:
             sums = [
                 (a.new_zeros(a.shape[-1], a.shape[-1], dtype=torch.float32),
                  g.new_zeros(g.shape[-1], g.shape[-1], dtype=torch.float32))
-                for a, g in zip(trace.activations, gradients, strict=True)
+                for a, g in zip(inputs, outputs, strict=True)
             ]  # fmt: skip
-        for (c, f), a, g in zip(sums, trace.activations, gradients, strict=True):
+        for (c, f), a, g in zip(sums, inputs, outputs, strict=True):
             a, g = a.flatten(0, 1).float(), g.flatten(0, 1).float()
             c.addmm_(a.T, a)
             f.addmm_(g.T, g)

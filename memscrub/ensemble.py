@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from memscrub.disturbance import Metric
-from memscrub.edit import EditableModel
+from memscrub.editable import EditableModel
 from memscrub.errors import NumericalError, UsageError
 from memscrub.locate import Locator
 from memscrub.model import LoadedModel
@@ -67,11 +67,8 @@ def predicted_disturbance(metrics: Sequence[Metric]) -> Callable[[EditableModel]
     """1/2 sum over sites of tr(F D C D^T) of the whole edit D (see `disturbance`); one metric per editable site."""
 
     def predict(editable: EditableModel) -> float:
-        total = 0.0
-        for site, delta, metric in zip(editable.sites, editable.deltas, metrics, strict=True):
-            part = delta if site.columns is None else delta[:, list(site.columns)]
-            total += 0.5 * float((metric.outputs.T @ part @ metric.inputs).square().sum())
-        return total
+        triples = zip(editable.sites, editable.deltas, metrics, strict=True)
+        return sum(metric.price(site.part(delta)) for site, delta, metric in triples)
 
     return predict
 

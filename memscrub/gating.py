@@ -14,8 +14,8 @@ from memscrub.errors import SignatureInvalidError
 from memscrub.measure import Progress, silent
 from memscrub.policy import Policy
 from memscrub.policy_sections import Locality
-from memscrub.records import broken_locality, judged
-from memscrub.report import REPORT_NAME, LocalityRecord, Report, load_report
+from memscrub.records import Ordinary, broken_locality, judged
+from memscrub.report import REPORT_NAME, Report, load_report
 from memscrub.scanning import open_inputs, scan_inputs
 from memscrub.signing import Verification, verify_directory
 from memscrub.verdict import decide
@@ -47,30 +47,37 @@ def gate(
     verification = None if key is None else verify_directory(directory, key)
     inputs = open_inputs(directory, policy, device=device, dtype=dtype, seed=seed)
     report = scan_inputs(inputs, progress=progress, kind="gate")
-    locality, remarks = _signed_locality(Path(directory), verification, inputs.policy.locality)
-    broken = broken_locality(locality) if locality is not None else []
-    verdict = decide(judged(report.texts), broken)
-    return Gated(replace(report, locality=locality, verdict=verdict), verification, tuple(remarks))
+    ordinary, remarks = _signed_ordinary(Path(directory), verification, inputs.policy.locality)
+    verdict = decide(judged(report.texts), broken_locality(ordinary))
+    report = replace(
+        report,
+        locality=ordinary.locality,
+        neighbours=ordinary.neighbours,
+        benign=ordinary.benign,
+        verdict=verdict,
+    )
+    return Gated(report, verification, tuple(remarks))
 
 
-def _signed_locality(
+def _signed_ordinary(
     directory: Path, verification: Verification | None, limits: Locality
-) -> tuple[LocalityRecord | None, Sequence[str]]:
-    """The locality that the directory's own report states, held against this policy's limits."""
+) -> tuple[Ordinary, Sequence[str]]:
+    """What the directory's own report states of ordinary text, held against this policy's limits."""
+    nothing = Ordinary(None, None, None)
     path = directory / REPORT_NAME
     if not path.is_file():
-        return None, ["no memscrub report in the directory: locality was not judged."]
+        return nothing, ["no memscrub report in the directory: locality was not judged."]
     if verification is None:
-        return None, ["no key given: signature not checked, and the report's locality not believed."]
+        return nothing, ["no key given: signature not checked, and the report's locality not believed."]
     if REPORT_NAME not in verification.files:
         raise SignatureInvalidError(f"{path}: the signature does not cover the report.")
-    stated = load_report(path).locality
-    if stated is None:
-        return None, ["the report states no locality: it was not judged."]
-    current = replace(
-        stated,
-        max_kl=limits.max_kl,
-        max_perplexity_ratio=limits.max_perplexity_ratio,
-        min_agreement=limits.min_agreement,
-    )
-    return current, []
+    stated = load_report(path)
+    ordinary = Ordinary(stated.locality, stated.neighbours, stated.benign).under(limits)
+    remarks = []
+    if ordinary.locality is None:
+        remarks.append("the report states no locality: it was not judged.")
+    if ordinary.neighbours is None and limits.min_neighbours_kept is not None:
+        remarks.append("the report states nothing on neighbours: min_neighbours_kept was not judged.")
+    if ordinary.benign is None and ordinary.locality is not None:
+        remarks.append("the report states nothing on benign prompts: max_degenerate was not judged.")
+    return ordinary, remarks

@@ -1,4 +1,5 @@
-"""How far an edit moved the model on ordinary text: KL divergence, perplexity, greedy agreement; knows no limits.
+"""How far an edit moved the model on ordinary text: KL divergence, perplexity, greedy agreement; does not know what
+becomes of an edit that moves it too far.
 
 Retain text is split once into a solver half (statistics may be taken from it) and a judge half (only measured
 on); the two never mix.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memscrub.errors import NumericalError
+from memscrub.locality_limits import DistanceLimits, broken_distance
 from memscrub.model import LoadedModel
 from memscrub.protected import Document
 from memscrub.tokens import TokenText, batches, blocks, prompted
@@ -44,13 +46,25 @@ class Locality:
     perplexity_ratio: float
 
 
+def within(locality: Locality, limits: DistanceLimits) -> list[str]:
+    """One sentence for each limit on retain text that is broken; empty when all hold.
+
+    The same sentences that the report on the written bytes gives, so that an edit can be judged while it works.
+    """
+    return broken_distance(locality, limits)
+
+
 @dataclass(frozen=True)
 class RetainHalves:
-    """Blocks of retain text `[rows, width]`: one half to solve with, one to judge by; and what was left out."""
+    """Blocks of retain text `[rows, width]`: one half to solve with, one to judge by; and what was left out.
+
+    `statistics` is more text to solve with, of other documents; an edit is never measured on it.
+    """
 
     solver: Tensor
     judge: Tensor
     dropped: int  # blocks left out because they contain protected text
+    statistics: Tensor
 
 
 def split_retain(
@@ -61,7 +75,7 @@ def split_retain(
     *,
     max_tokens: int,
 ) -> RetainHalves:
-    """The first half of every retain file solves, the second judges; `statistics` joins the solver's half.
+    """The first half of every retain file solves, the second judges; `statistics` is text for solving only.
 
     Halves of files, not alternating texts: neighbouring paragraphs of one document would make the judge's half
     too easy. A document is in one half only; when a file is a single document it is cut in the middle.
@@ -76,10 +90,12 @@ def split_retain(
     protected = _ngrams(texts)
     kept_judge, dropped_judge = _without_overlap(blocks(loaded, judge, limit=max_tokens), protected)
     own = blocks(loaded, solver, limit=max_tokens)
+    kept, dropped = _without_overlap(own, protected)
     more = blocks(loaded, statistics, limit=max_tokens - own.numel()) if statistics else own[:0]
-    both = torch.cat([own, more]) if more.shape[1] == own.shape[1] else own
-    kept, dropped = _without_overlap(both, protected)
-    return RetainHalves(kept, kept_judge, dropped + dropped_judge)
+    if more.shape[1] != own.shape[1]:  # a scrap of text that does not fill one row
+        more = own[:0]
+    further, dropped_further = _without_overlap(more, protected)
+    return RetainHalves(kept, kept_judge, dropped + dropped_judge + dropped_further, further)
 
 
 def compare(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from memscrub.errors import UsageError
 from memscrub.extraction import largest
-from memscrub.model import LoadedModel, Site
+from memscrub.model import LoadedModel
+from memscrub.sites import Site
 from memscrub.readout import entry_gain, readout
 
 # A neuron that takes the stream further from where it ends up contributes this much and no less.

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memscrub.architecture import Family, Orientation, family_of
+from memscrub.architecture import Family, Layout, family_of
 from memscrub.checkpoint import Checkpoint
 from memscrub.errors import ArchitectureError, CheckpointError, NumericalError, UsageError
+from memscrub.sites import Site, as_columns
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -26,25 +27,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 # A logits tensor of one batch stays below this many bytes, whatever the vocabulary.
 LOGITS_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Site:
-    """One output projection: its output vectors are what an edit may change.
-
-    `columns` restricts the site to some output vectors (for attention: the coordinates of chosen heads).
-    """
-
-    name: str  # module path in memory, e.g. "model.layers.3.mlp.down_proj"
-    kind: str  # "mlp" or "attention"
-    layer: int
-    orientation: Orientation
-    columns: tuple[int, ...] | None = None
-
-    @property
-    def tensor(self) -> str:
-        """Name of the weight in memory."""
-        return f"{self.name}.weight"
 
 
 @dataclass(frozen=True)
@@ -82,11 +64,6 @@ class LoadedModel:
         """
         output: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return output.float()
-
-
-def as_columns(weight: Tensor, orientation: Orientation) -> Tensor:
-    """A view of a stored weight with one output vector per column, `[d, f]`."""
-    return weight if orientation is Orientation.COLUMNS else weight.T
 
 
 def choose_device(name: str) -> torch.device:
@@ -182,18 +159,36 @@ def sites_of(
         raise UsageError(f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}.")
     found = []
     for kind in kinds:
-        path = family.mlp if kind == "mlp" else family.attention
+        path = {"mlp": family.mlp, "attention": family.attention, "query": family.query}[kind]
         for layer in wanted:
-            name = f"{family.blocks}.{layer}.{path}"
-            try:
-                loaded.model.get_submodule(name)
-            except AttributeError:
-                raise ArchitectureError(
-                    f"the model has no module '{name}', which the family '{family.model_type}' should have;"
-                    " nothing was edited."
-                ) from None
-            found.append(Site(name, kind, layer, family.orientation))
+            block = f"{family.blocks}.{layer}"
+            _module(loaded, f"{block}.{path}")
+            site = Site(f"{block}.{path}", kind, layer, family.orientation)
+            if kind == "query" and family.layout is not Layout.ALONE:
+                output = replace(site, name=f"{block}.{family.attention}")
+                _module(loaded, output.name)
+                site = replace(site, rows=_query_rows(loaded, family.layout, loaded.weight(output).shape[1]))
+            found.append(site)
     return tuple(found)
+
+
+def _module(loaded: LoadedModel, name: str) -> nn.Module:
+    try:
+        return loaded.model.get_submodule(name)
+    except AttributeError:
+        raise ArchitectureError(
+            f"the model has no module '{name}', which the family '{loaded.family.model_type}' should have;"
+            " nothing was edited."
+        ) from None
+
+
+def _query_rows(loaded: LoadedModel, layout: Layout, size: int) -> tuple[int, ...]:
+    """The coordinates of the queries, `size` in all, in the output of a fused projection."""
+    if layout is Layout.FIRST:
+        return tuple(range(size))
+    heads = head_count(loaded)
+    width = size // heads
+    return tuple(3 * width * head + i for head in range(heads) for i in range(width))
 
 
 def head_count(loaded: LoadedModel) -> int:

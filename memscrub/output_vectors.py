@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from memscrub.edit import EditableModel
+from memscrub.editable import EditableModel
 from memscrub.errors import NumericalError
 from memscrub.locate import Locator
-from memscrub.model import as_columns
+from memscrub.sites import as_columns
 
 # New output vectors `[d]`, float32, by (index of site, column).
 Changes = dict[tuple[int, int], Tensor]

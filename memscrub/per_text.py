@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memscrub.breakpoints import Demand, Prices, TextState, extend, violations
-from memscrub.edit import EditableModel
+from memscrub.editable import EditableModel
 from memscrub.errors import UsageError
 from memscrub.extraction import NOISE, Scores, longest_run, score_logits
 from memscrub.locate import Locator, Neuron, Observation

@@ -19,6 +19,7 @@ from pydantic import (
 FileName = Annotated[str, StringConstraints(min_length=1)]
 Files = Annotated[tuple[FileName, ...], Strict(False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -138,14 +139,41 @@ class Locality(Section):
     max_kl: float = Field(
         default=0.01, gt=0, description="Mean KL divergence of the edited from the original model, nats."
     )
+    max_worst_kl: Positive | None = Field(
+        default=None,
+        examples=[0.1],
+        description="The same for the worst row of 256 tokens; reported with and without a limit.",
+    )
     max_perplexity_ratio: float = Field(default=1.01, ge=1, description="Perplexity after the edit over that before.")
     min_agreement: Share = Field(
         default=0.95, description="Share of positions where the likeliest token stays the same."
+    )
+    min_neighbours_kept: Share | None = Field(
+        default=None,
+        examples=[0.95],
+        description="Share of the tokens known in `neighbours` before that must still be known.",
+    )
+    max_degenerate: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Benign prompts, as a share, that may end early or degenerate beyond those that did before.",
+    )
+    utility: Files = Field(
+        default=(),
+        examples=[["hellaswag"]],
+        description="Tasks of lm-eval, or YAML files of tasks, run before and after (`memscrub[lm-eval]`); no limit.",
     )
     max_tokens: Count = Field(
         default=200_000,
         description="Tokens read at most for each half of the retain text: one solves, one measures.",
     )
+
+    @model_validator(mode="after")
+    def _limits_what_is_measured(self) -> Locality:
+        if self.min_neighbours_kept is not None and not self.neighbours:
+            raise ValueError('sets min_neighbours_kept but names no neighbours; add neighbours = ["neighbours.jsonl"]')
+        return self
 
 
 class Fix(Section):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from memscrub.architecture import Gain, Norm
 from memscrub.errors import ArchitectureError
-from memscrub.model import LoadedModel, Site
+from memscrub.model import LoadedModel
+from memscrub.sites import Site
 
 # The unembedding is converted to float32 this many rows at a time.
 ROWS = 4096

@@ -5,28 +5,36 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from memscrub.benign import Benign
 from memscrub.checkpoint import Checkpoint, digest_files
 from memscrub.errors import UsageError
 from memscrub.files import tree_digest
 from memscrub.judgement import Judgement, Measures, judge
 from memscrub.locality import Locality
+from memscrub.locality_limits import broken_benign, broken_distance, broken_neighbours
 from memscrub.model import LoadedModel
 from memscrub.policy import Policy
 from memscrub.policy_sections import Locality as LocalityLimits
 from memscrub.protected import ProtectedList, list_digest
 from memscrub.report import (
+    BenignRecord,
     CheckpointRecord,
     Environment,
     LocalityRecord,
+    NeighbourRecord,
     PolicyRecord,
     ProtectedRecord,
+    ScoreRecord,
     TextRecord,
+    UtilityRecord,
 )
 from memscrub.tokens import TokenText
+from memscrub.utility import Score
 
 
 def checkpoint_record(source: str, ckpt: Checkpoint) -> CheckpointRecord:
@@ -95,25 +103,63 @@ def locality_record(measured: Locality, limits: LocalityLimits) -> LocalityRecor
         max_kl=limits.max_kl,
         max_perplexity_ratio=limits.max_perplexity_ratio,
         min_agreement=limits.min_agreement,
+        max_worst_kl=limits.max_worst_kl,
     )
 
 
-def broken_locality(record: LocalityRecord) -> list[str]:
-    """One sentence for each locality limit that does not hold."""
-    checks = (
-        ("max_kl", record.kl, record.max_kl, record.kl <= record.max_kl),
-        (
-            "max_perplexity_ratio",
-            record.perplexity_ratio,
-            record.max_perplexity_ratio,
-            record.perplexity_ratio <= record.max_perplexity_ratio,
-        ),
-        ("min_agreement", record.agreement, record.min_agreement, record.agreement >= record.min_agreement),
-    )
+def benign_record(measured: Benign | None, limits: LocalityLimits) -> BenignRecord | None:
+    """What the models said after benign prompts, beside its limit."""
+    return None if measured is None else BenignRecord(**vars(measured), max_degenerate=limits.max_degenerate)
+
+
+def utility_record(tool: str, before: Sequence[Score], after: Sequence[Score]) -> UtilityRecord:
+    """Every figure of either run, paired by task and metric."""
+    was = {(score.task, score.metric): score.value for score in before}
+    now = {(score.task, score.metric): score.value for score in after}
+    return UtilityRecord(tool, tuple(ScoreRecord(*key, was.get(key), now.get(key)) for key in sorted({*was, *now})))
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """What a report says of ordinary text: retain text, neighbours and benign prompts; None where not measured."""
+
+    locality: LocalityRecord | None
+    neighbours: NeighbourRecord | None
+    benign: BenignRecord | None
+
+    def under(self, limits: LocalityLimits) -> Ordinary:
+        """The same figures held against another policy's limits."""
+        return Ordinary(
+            self.locality
+            and replace(
+                self.locality,
+                max_kl=limits.max_kl,
+                max_worst_kl=limits.max_worst_kl,
+                max_perplexity_ratio=limits.max_perplexity_ratio,
+                min_agreement=limits.min_agreement,
+            ),
+            self.neighbours and replace(self.neighbours, min_kept=limits.min_neighbours_kept),
+            self.benign and replace(self.benign, max_degenerate=limits.max_degenerate),
+        )
+
+
+def broken_locality(ordinary: Ordinary) -> list[str]:
+    """One sentence for each locality limit that does not hold, of all that was measured on ordinary text."""
+    broken: list[str] = []
+    if (locality := ordinary.locality) is not None:
+        broken += broken_distance(locality, locality)
+    if (neighbours := ordinary.neighbours) is not None:
+        broken += broken_neighbours(neighbours.known_before, neighbours.still_known, neighbours.min_kept)
+    if (benign := ordinary.benign) is not None:
+        broken += _broken_benign(benign)
+    return broken
+
+
+def _broken_benign(record: BenignRecord) -> list[str]:
+    r, limit = record, record.max_degenerate
     return [
-        f"locality: {name} is broken (allowed {limit:g}, measured {value:.4g})."
-        for name, value, limit, holds in checks
-        if not holds
+        *broken_benign(r.prompts, r.degenerate_before, r.degenerate_after, r.newly_degenerate, limit, "degenerate"),
+        *broken_benign(r.prompts, r.ended_before, r.ended_after, r.newly_ended, limit, "end early"),
     ]
 
 

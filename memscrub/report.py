@@ -90,6 +90,7 @@ class LocalityRecord:
     max_kl: float
     max_perplexity_ratio: float
     min_agreement: float
+    max_worst_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,42 @@ class NeighbourRecord:
     texts: int
     known_before: int
     still_known: int
+    min_kept: float | None = None
+
+
+@dataclass(frozen=True)
+class BenignRecord:
+    """Ordinary openings continued by both models: counts of prompts, and the policy's limit."""
+
+    prompts: int
+    degenerate_before: int
+    degenerate_after: int
+    newly_degenerate: int
+    ended_before: int
+    ended_after: int
+    newly_ended: int
+    empty_after: int
+    repeated_rise: float
+    agreement: float
+    max_degenerate: float
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """One figure of one utility task; None where the tool gave none."""
+
+    task: str
+    metric: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class UtilityRecord:
+    """Utility tasks on the input and on the output, and the tool that ran them."""
+
+    tool: str
+    scores: tuple[ScoreRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -149,6 +186,8 @@ class Report:
     neighbours: NeighbourRecord | None
     edit: EditRecord | None
     verdict: Verdict
+    benign: BenignRecord | None = None
+    utility: UtilityRecord | None = None
 
     def to_json(self) -> str:
         """The report as indented JSON with a final newline; equal reports give equal text."""
@@ -204,7 +243,10 @@ def _rebuild(kind: Any, value: Any) -> Any:
         return {str(key): _rebuild(arguments[1], item) for key, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return kind(**{name: _rebuild(hint, value[name]) for name, hint in hints.items()})
+        # A field with a default may be absent: reports written before it was added stay readable.
+        optional = {each.name for each in dataclasses.fields(kind) if each.default is not dataclasses.MISSING}
+        given = {name: hint for name, hint in hints.items() if name in value or name not in optional}
+        return kind(**{name: _rebuild(hint, value[name]) for name, hint in given.items()})
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
     if kind is float:

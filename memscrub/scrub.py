@@ -7,32 +7,41 @@ reach the policy leaves nothing behind unless asked to.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from memscrub.architecture import Orientation
-from memscrub.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from memscrub.benign import compare_benign
+from memscrub.checkpoint import open_checkpoint, read_tensor
 from memscrub.editing import Edit, make_edit
 from memscrub.errors import PolicyError
 from memscrub.extraction import Sampling, score
 from memscrub.keys import load_private_key
 from memscrub.locality import RetainHalves, compare, split_retain
 from memscrub.measure import Progress, measure, silent
-from memscrub.model import LoadedModel, Site, load_model
-from memscrub.policy import Policy
+from memscrub.model import LoadedModel, load_model
+from memscrub.policy import Policy, load_policy
 from memscrub.protected import load_texts
 from memscrub.records import (
+    Ordinary,
+    benign_record,
     broken_locality,
     checkpoint_record,
     judged,
     locality_record,
     text_records,
+    utility_record,
 )
 from memscrub.report import REPORT_NAME, EditRecord, NeighbourRecord, Report, TensorRecord, TextRecord
 from memscrub.scanning import Inputs, open_inputs, scan_inputs
 from memscrub.signing import sign_directory, sign_report
+from memscrub.sites import Site
+from memscrub.statistics_file import check_place
 from memscrub.tokens import TokenText
+from memscrub.utility import Score, check_tasks, run_tasks, tool_version
 from memscrub.verdict import Outcome, decide
 from memscrub.writing import PartialDirectory, TensorChange, WrittenLedger, write_checkpoint
 
@@ -65,6 +74,8 @@ def fix(
     sign: Signing | None = None,
     overwrite: bool = False,
     keep_partial: bool = False,
+    statistics: Path | None = None,
+    utility: Sequence[str] | None = None,
     device: str = "auto",
     seed: int = 0,
     progress: Progress = silent,
@@ -72,28 +83,63 @@ def fix(
     """Write a copy of `checkpoint` to `out` that keeps the policy's texts, or report why that is out of reach.
 
     `checkpoint` is only read. With `keep_partial` a directory that misses the policy is written all the same; its
-    report says so and its signature, if any, states a failed test. Raises UsageError (and its kinds) before
-    anything is written, IncompleteError when the run cannot end; neither leaves anything at `out`.
+    report says so and its signature, if any, states a failed test. `statistics` is a file that keeps the retain
+    statistics for the next run. `utility` names tasks of lm-eval to run before and after, instead of the policy's.
+    Raises UsageError (and its kinds) before anything is written, IncompleteError when the run cannot end; neither
+    leaves anything at `out`.
     """
-    inputs = open_inputs(checkpoint, policy, device=device, dtype="float32", seed=seed)
+    rules = policy if isinstance(policy, Policy) else load_policy(policy)
+    tasks = _tasks(rules, utility)
+    if statistics is not None:
+        check_place(statistics, outside=[Path(checkpoint), Path(out)])
+    inputs = open_inputs(checkpoint, rules, device=device, dtype="float32", seed=seed)
     sign = _signing(inputs.policy, sign)
     halves = _halves(inputs)
-    neighbours = _neighbours(inputs)
     with PartialDirectory(out, overwrite=overwrite, inputs=[inputs.ckpt.path]) as partial:
+        scores = _scores(inputs.ckpt.path, tasks, inputs, progress)
         before = scan_inputs(inputs, progress=progress, kind="fix")
-        known = _known(inputs.loaded, neighbours)
-        edit = make_edit(inputs, halves, progress=progress)
+        neighbours = _neighbours(inputs)
+        untouched = _Untouched(halves, neighbours, _known(inputs.loaded, neighbours))
+        edit = make_edit(inputs, halves, progress=progress, statistics=statistics)
         ledger = write_checkpoint(inputs.ckpt, partial.path, edit.tensors())
-        written, reloaded = _reload(partial.path, edit, device=device)
-        report = _report(inputs, before, edit, ledger, halves, written, reloaded, out, progress)
-        if neighbours:
-            report = replace(report, neighbours=_still_known(reloaded, neighbours, known))
+        report = _report(inputs, before, edit, ledger, untouched, _reload(partial.path, edit, device=device), progress)
+        report = replace(report, output=checkpoint_record(str(out), open_checkpoint(partial.path)))
         if report.verdict.outcome is not Outcome.PASS and not keep_partial:
             return Fixed(report, None, signed=False)
+        if tasks:
+            after = _scores(partial.path, tasks, inputs, progress)
+            report = replace(report, utility=utility_record(tool_version(), scores, after))
         (partial.path / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
         if sign is not None:
             _sign(partial.path, report, inputs.policy, sign)
         return Fixed(report, partial.commit(), signed=sign is not None)
+
+
+@dataclass(frozen=True)
+class _Untouched:
+    """What the edit should leave alone: retain text, neighbours, and which tokens of those the original knows."""
+
+    halves: RetainHalves
+    neighbours: list[TokenText]
+    known: list[list[bool]]
+
+
+def _tasks(policy: Policy, utility: Sequence[str] | None) -> list[str]:
+    """The utility tasks of this run, the caller's before the policy's; those that cannot run are refused now."""
+    stated = [str(policy.resolve(task)) if task.endswith(".yaml") else task for task in policy.locality.utility]
+    tasks = stated if utility is None else list(utility)
+    if tasks:
+        check_tasks(tasks)
+    return tasks
+
+
+def _scores(path: Path, tasks: Sequence[str], inputs: Inputs, progress: Progress) -> tuple[Score, ...]:
+    if not tasks:
+        return ()
+    progress("utility tasks", 0, 1)
+    found = run_tasks(path, tasks, device=str(inputs.loaded.device), seed=inputs.seed)
+    progress("utility tasks", 1, 1)
+    return found
 
 
 def _signing(policy: Policy, sign: Signing | None) -> Signing | None:
@@ -134,17 +180,18 @@ def _known(loaded: LoadedModel, neighbours: Sequence[TokenText]) -> list[list[bo
     return [(scores.gap > 0).tolist() for scores in score(loaded, neighbours, lambda _: Sampling())]
 
 
-def _still_known(loaded: LoadedModel, neighbours: Sequence[TokenText], known: list[list[bool]]) -> NeighbourRecord:
-    now = _known(loaded, neighbours)
-    pairs = [(a, b) for was, here in zip(known, now, strict=True) for a, b in zip(was, here, strict=True)]
-    return NeighbourRecord(len(neighbours), sum(a for a, _ in pairs), sum(a and b for a, b in pairs))
+def _still_known(reloaded: LoadedModel, untouched: _Untouched, limit: float | None) -> NeighbourRecord | None:
+    if not untouched.neighbours:
+        return None
+    now = _known(reloaded, untouched.neighbours)
+    pairs = [(a, b) for was, here in zip(untouched.known, now, strict=True) for a, b in zip(was, here, strict=True)]
+    return NeighbourRecord(len(now), sum(a for a, _ in pairs), sum(a and b for a, b in pairs), limit)
 
 
-def _reload(path: Path, edit: Edit, *, device: str) -> tuple[Checkpoint, LoadedModel]:
+def _reload(path: Path, edit: Edit, *, device: str) -> LoadedModel:
     """Free the edited model and load what lies on disk: from here on only written bytes are measured."""
     edit.editable.loaded.model.to("meta")
-    ckpt = open_checkpoint(path)
-    return ckpt, load_model(ckpt, device=device, dtype="float32")
+    return load_model(open_checkpoint(path), device=device, dtype="float32")
 
 
 def _report(
@@ -152,26 +199,47 @@ def _report(
     before: Report,
     edit: Edit,
     ledger: WrittenLedger,
-    halves: RetainHalves,
-    written: Checkpoint,
+    untouched: _Untouched,
     reloaded: LoadedModel,
-    out: str | Path,
     progress: Progress,
 ) -> Report:
     """The report on the written directory: measured from disk, against the input's tensors from disk."""
     after = measure(reloaded, inputs.policy, inputs.texts, progress=progress)
     records = text_records(inputs.policy, inputs.texts, [record.before for record in before.texts], after.measures)
     originals = {site.tensor: read_tensor(inputs.ckpt, edit.names[site.tensor]) for site in _touched(edit, ledger)}
-    locality = locality_record(compare(reloaded, originals, halves.judge), inputs.policy.locality)
-    output = checkpoint_record(str(out), written)
+    ordinary = _ordinary(inputs, originals, untouched, reloaded, progress)
     return replace(
         before,
-        output=output,
         texts=records,
-        locality=locality,
-        edit=_edit_record(inputs, edit, ledger, halves),
-        verdict=decide(judged(records), broken_locality(locality), fixing=True),
+        locality=ordinary.locality,
+        neighbours=ordinary.neighbours,
+        benign=ordinary.benign,
+        edit=_edit_record(inputs, edit, ledger, untouched.halves),
+        verdict=decide(judged(records), broken_locality(ordinary), fixing=True, no_room=edit.no_room),
         controls=_controls_after(inputs, before, reloaded),
+    )
+
+
+def _ordinary(
+    inputs: Inputs,
+    originals: Mapping[str, Tensor],
+    untouched: _Untouched,
+    reloaded: LoadedModel,
+    progress: Progress,
+) -> Ordinary:
+    """What the edit did to ordinary text, with the policy's limits."""
+    limits, judge = inputs.policy.locality, untouched.halves.judge
+    benign = compare_benign(
+        reloaded,
+        originals,
+        judge,
+        batch_tokens=inputs.policy.probe.batch_tokens,
+        progress=lambda done, total: progress("benign prompts", done, total),
+    )
+    return Ordinary(
+        locality_record(compare(reloaded, originals, judge), limits),
+        _still_known(reloaded, untouched, limits.min_neighbours_kept),
+        benign_record(benign, limits),
     )
 
 
@@ -198,7 +266,7 @@ def _edit_record(inputs: Inputs, edit: Edit, ledger: WrittenLedger, halves: Reta
         active_constraints=edit.outcome.active,
         rounds=edit.rounds,
         predicted_kl=edit.outcome.cost,
-        statistics_tokens=halves.solver.numel(),
+        statistics_tokens=halves.solver.numel() + halves.statistics.numel(),
         retain_blocks_dropped=halves.dropped,
         tensors=tuple(
             TensorRecord(

@@ -37,13 +37,15 @@ class Linearised:
 class Solution:
     """The edit in low-rank form: at site l, D_l = left[l]^T right[l] with `left` `[n, d]`, `right` `[n, f]`.
 
-    `cost` is the predicted disturbance 1/2 sum_l tr(F D C D^T); `active` the number of constraints that press.
+    `cost` is the predicted disturbance 1/2 sum_l tr(F D C D^T); `active` the number of constraints that press;
+    `condition` estimates the condition number of their scaled kernel from its Cholesky factor (a lower bound).
     """
 
     left: list[Tensor] = field(repr=False)
     right: list[Tensor] = field(repr=False)
     cost: float
     active: int
+    condition: float = 1.0
 
 
 def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric], bounds: Tensor) -> Solution:
@@ -67,7 +69,16 @@ def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric]
         right=[reads[pressing] for reads in right],
         cost=float(0.5 * multipliers @ (kernel.double() @ multipliers)),
         active=int(pressing.sum()),
+        condition=_condition(kernel[pressing][:, pressing]),
     )
+
+
+def _condition(kernel: Tensor) -> float:
+    if not len(kernel):
+        return 1.0
+    scale = kernel.diagonal().double().clamp(min=1e-30).rsqrt()
+    diagonal = _factor(kernel.double() * scale[:, None] * scale[None, :], JITTER).diagonal()
+    return float((diagonal.max() / diagonal.min()) ** 2)
 
 
 def complementary(kernel: Tensor, bounds: Tensor, *, jitter: float = JITTER) -> Tensor:
@@ -108,8 +119,18 @@ def _solve_on(matrix: Tensor, right: Tensor, passive: Tensor) -> Tensor:
     solution = torch.zeros_like(right)
     index = passive.nonzero()[:, 0]
     if len(index):
-        factor, failed = torch.linalg.cholesky_ex(matrix[index][:, index])
-        if int(failed):
-            raise NumericalError("the edit's kernel is not positive definite; the edit was rolled back.")
+        factor = _factor(matrix[index][:, index], 0.0)
         solution[index] = torch.cholesky_solve(right[index, None], factor)[:, 0]
     return solution
+
+
+def _factor(matrix: Tensor, jitter: float) -> Tensor:
+    """The Cholesky factor of a matrix with unit diagonal, with ten times more on the diagonal while it fails."""
+    for attempt in range(4):
+        damped = matrix.clone()
+        damped.diagonal().add_(jitter + (JITTER * 10**attempt if attempt else 0.0))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            chosen: Tensor = factor
+            return chosen
+    raise NumericalError("the edit's kernel is not positive definite; the edit was rolled back.")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from memscrub.model import LoadedModel, Site
+from memscrub.model import LoadedModel
+from memscrub.sites import Site
 
 
 @dataclass

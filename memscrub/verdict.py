@@ -41,16 +41,23 @@ class Verdict:
 
 
 def decide(
-    judged: Sequence[tuple[str, str, Judgement]], broken_locality: Sequence[str] = (), *, fixing: bool = False
+    judged: Sequence[tuple[str, str, Judgement]],
+    broken_locality: Sequence[str] = (),
+    *,
+    fixing: bool = False,
+    no_room: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on texts given as (id, class, judgement) and on sentences about broken locality limits.
 
     A fix that leaves a text violated or breaks locality is *unreachable* (exit 4); a scan or gate is *violated*
-    (exit 1). Texts too short to judge do not decide, but are counted and named.
+    (exit 1). `no_room` says which limits stopped the edit while texts were still violated; it decides nothing by
+    itself. Texts too short to judge do not decide, but are counted and named.
     """
     violated = [(id, name, judgement) for id, name, judgement in judged if judgement.status is Status.VIOLATED]
     inconclusive = [id for id, _, judgement in judged if judgement.status is Status.INCONCLUSIVE]
-    reasons = list(broken_locality) + _limit_reasons(violated)
+    full = [*broken_locality, *(no_room if violated else ())]
+    reasons = [f"no room: {sentence}" if fixing else sentence for sentence in dict.fromkeys(full)]
+    reasons += _limit_reasons(violated)
     if not violated and not broken_locality:
         outcome = Outcome.PASS
     else:

@@ -28,7 +28,8 @@ from memscrub.disturbance import Metric, measure_disturbance
 from memscrub.edit import EditableModel, EditOutcome, EditSettings, JointEdit
 from memscrub.errors import NumericalError
 from memscrub.extraction import NOISE, Sampling, longest_run, score
-from memscrub.model import LoadedModel, Site, head_count, sites_of
+from memscrub.model import LoadedModel, head_count
+from memscrub.sites import Site, sites_of
 from memscrub.solver import Linearised
 from memscrub.tokens import TokenText
 

@@ -28,7 +28,7 @@ import memscrub.per_text
 from memscrub.baselines import ablate
 from memscrub.breakpoints import Demand
 from memscrub.disturbance import measure_disturbance
-from memscrub.edit import EditableModel
+from memscrub.editable import EditableModel
 from memscrub.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
 from memscrub.errors import NumericalError, UsageError
 from memscrub.locate import Locator

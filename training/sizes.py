@@ -73,9 +73,9 @@ BENCH = Size(
     statistics_characters=600_000,
     byte_limit=32_000_000,
     epochs=0.6,
-    exposures=40,
+    exposures=50,
     learning_rate=3e-3,
-    tokens_per_step=2048,
+    tokens_per_step=1536,
     planted_length=120,
 )
 

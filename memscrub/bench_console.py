@@ -1,0 +1,46 @@
+"""A bench on a terminal: its tables, readable at 80 columns; shows what the bench says and decides nothing."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memscrub.bench_table import Bench, Grid, grids, notes
+
+
+def show_bench(console: Console, bench: Bench) -> None:
+    """How it was made, the fine-tuning grid, the tables, and how to read them."""
+    setting = bench.setting
+    console.print(Text(f"memscrub bench: {setting.checkpoint}", style="bold", overflow="fold"))
+    console.print(
+        Text(
+            f"policy {setting.policy}, {setting.texts} texts, sites {setting.sites}, {setting.device},"
+            f" {setting.threads} threads, torch {setting.torch}, seed {setting.seed}"
+        )
+    )
+    if bench.grid:
+        console.print(Text(f"fine-tuning grid ({len(bench.grid)} runs):"))
+        for line in bench.grid:
+            console.print(Text(f"  {line}", style="dim"))
+    for grid in grids(bench):
+        console.print(_table(grid))
+    for note in notes(bench):
+        console.print(Text(note, style="dim"))
+
+
+def _table(grid: Grid) -> Table:
+    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    table.add_column(grid.headers[0], overflow="fold", max_width=30)
+    for header in grid.headers[1:]:
+        table.add_column(header, justify="right", no_wrap=True)
+    failed: list[str] = []
+    for cells in grid.cells:
+        # A reason is a sentence: it would push the figures off the screen.
+        long = [cell for cell in cells[1:] if len(cell) > 12]
+        failed += [f"{cells[0]}: {cell}" for cell in long]
+        table.add_row(*(Text(cell.split(":")[0] if cell in long else cell) for cell in cells))
+    table.caption = "\n".join(failed) or None
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,101 @@
+"""Locality against its limits: one sentence for each limit that does not hold, and by how much; knows neither how
+anything was measured nor what becomes of it.
+
+The edit while it works, the report on the written bytes and the gate all judge by this one function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+# Whatever a policy allows: a model this far from the original is broken, not edited.
+CATASTROPHIC_PERPLEXITY_RATIO = 1.10
+CATASTROPHIC_AGREEMENT = 0.90
+# A rise in benign prompts that chance brings about this often is not held against an edit.
+CHANCE = 0.05
+
+
+class Distance(Protocol):
+    """What was measured on retain text."""
+
+    @property
+    def kl(self) -> float: ...
+    @property
+    def worst_kl(self) -> float: ...
+    @property
+    def agreement(self) -> float: ...
+    @property
+    def perplexity_ratio(self) -> float: ...
+
+
+class DistanceLimits(Protocol):
+    """What of it is allowed; None: any amount."""
+
+    @property
+    def max_kl(self) -> float: ...
+    @property
+    def max_worst_kl(self) -> float | None: ...
+    @property
+    def max_perplexity_ratio(self) -> float: ...
+    @property
+    def min_agreement(self) -> float: ...
+
+
+def broken_distance(measured: Distance, limits: DistanceLimits) -> list[str]:
+    """One sentence for each limit on retain text that is broken; the policy's, or the catastrophic one behind it."""
+    ratio, agreement = measured.perplexity_ratio, measured.agreement
+    return [
+        *over("max_kl", measured.kl, limits.max_kl),
+        *over("max_worst_kl", measured.worst_kl, limits.max_worst_kl),
+        *(
+            over("max_perplexity_ratio", ratio, limits.max_perplexity_ratio)
+            or over("the perplexity ratio of a model that still works", ratio, CATASTROPHIC_PERPLEXITY_RATIO)
+        ),
+        *(
+            under("min_agreement", agreement, limits.min_agreement)
+            or under("the agreement of a model that still works", agreement, CATASTROPHIC_AGREEMENT)
+        ),
+    ]
+
+
+def broken_benign(prompts: int, before: int, after: int, newly: int, limit: float, what: str) -> list[str]:
+    """A sentence when a fault shows in more benign prompts than before, by more than the limit and than chance.
+
+    Any edit makes some continuations take another way, and some of those end or loop as some of the original's do:
+    as many prompts are expected to gain the fault as to lose it. Held against that by a sign test.
+    """
+    lost = before + newly - after
+    if not prompts or _chance(newly, lost) >= CHANCE:
+        return []
+    return over("max_degenerate", (newly - lost) / prompts, limit, f"rise in the share of benign prompts that {what}")
+
+
+def _chance(gained: int, lost: int) -> float:
+    """Probability of at least so many gains when each change is as likely a gain as a loss."""
+    changes = gained + lost
+    return float(sum(math.comb(changes, count) for count in range(gained, changes + 1))) / 2.0**changes
+
+
+def broken_neighbours(known_before: int, still_known: int, limit: float | None) -> list[str]:
+    """A sentence when too few of the neighbours' known tokens are kept; where none was known, none can be lost."""
+    return under("min_neighbours_kept", still_known / known_before, limit) if known_before else []
+
+
+def over(name: str, measured: float, allowed: float | None, what: str = "") -> list[str]:
+    """The sentence when a measure is above its limit."""
+    # Not `measured > allowed`: a NaN holds no limit.
+    return [] if allowed is None or measured <= allowed else [_sentence(name, measured, allowed, what)]
+
+
+def under(name: str, measured: float, allowed: float | None, what: str = "") -> list[str]:
+    """The sentence when a measure is below its limit."""
+    return [] if allowed is None or measured >= allowed else [_sentence(name, measured, allowed, what)]
+
+
+def _sentence(name: str, measured: float, allowed: float, what: str) -> str:
+    about = f"{what}: " if what else ""
+    return (
+        f"locality: {name} is broken ({about}allowed {allowed:g}, measured {measured:.4g},"
+        f" missed by {abs(measured - allowed):.2g})."
+    )

@@ -1,0 +1,72 @@
+"""The per-text solver on a policy's texts: each text's few neurons, one text after the other, in one model.
+
+In the manner of arXiv 2606.18767, whose edits are made for one text at a time; many in one checkpoint disturb it far
+more than the joint solver does (docs/benchmarks.md). Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memscrub.demands import demand_of
+from memscrub.disturbance import Metric
+from memscrub.edit import EditOutcome
+from memscrub.editable import EditableModel
+from memscrub.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
+from memscrub.measure import Progress
+from memscrub.model import sites_of
+from memscrub.modes import Mode
+from memscrub.per_text import PerTextSettings, edit_texts
+from memscrub.scanning import Inputs
+from memscrub.sites import Site
+
+# A further pass looks at more neurons for the texts that still stand.
+PASSES = 4
+# Contexts that a mode is not chosen on: the suffix behind so many tokens of its prefix.
+HELD_OUT = (8, 16)
+
+
+def edit_one_by_one(
+    inputs: Inputs, stored: dict[str, torch.dtype], sites: Sequence[Site], metrics: list[Metric], progress: Progress
+) -> tuple[EditableModel, EditOutcome]:
+    """Edit the policy's texts one after the other at these MLP sites; leaves the model edited."""
+    policy = inputs.policy
+    editable = EditableModel(inputs.loaded, tuple(sites), stored)
+    settings = PerTextSettings(
+        neurons=policy.fix.neurons,
+        rank=policy.fix.rank,
+        margin=policy.fix.margin,
+        positions="breaks",
+        passes=PASSES,
+        marker=policy.fix.marker,
+        batch_tokens=policy.probe.batch_tokens,
+    )
+    modes = _modes(inputs, editable, settings, metrics)
+    demands = [demand_of(text, policy.classes[text.class_name], policy.probe) for text in inputs.texts]
+    done = edit_texts(
+        editable, demands, modes, settings, lambda n, unmet: progress(f"texts ({unmet} unmet)", n, len(demands))
+    )
+    cost = predicted_disturbance(metrics)(editable)
+    return editable, EditOutcome(done.unmet, done.breaks, 0, cost, done.passes)
+
+
+def mlp_sites(inputs: Inputs) -> tuple[Site, ...]:
+    """The MLP sites of the policy's layers."""
+    layers = inputs.policy.fix.layers
+    return sites_of(inputs.loaded, kinds=("mlp",), layers=None if layers == "all" else layers)
+
+
+def _modes(
+    inputs: Inputs, editable: EditableModel, settings: PerTextSettings, metrics: list[Metric]
+) -> list[Mode]:
+    if inputs.policy.fix.mode != "ensemble":
+        return [Mode(inputs.policy.fix.mode)] * len(inputs.texts)
+    disturbance = predicted_disturbance(metrics)
+    chosen = []
+    for text in inputs.texts:
+        held_out = [with_shorter_prefix(inputs.loaded, text, settings, length) for length in HELD_OUT]
+        mode = choose_mode(editable, text, settings, held_out=held_out, disturbance=disturbance)
+        chosen.append(mode or Mode.NEXT_BEST)
+    return chosen

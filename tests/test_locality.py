@@ -1,0 +1,100 @@
+"""Locality: its limits, judged by one function for the edit, the report and the gate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from memscrub.benign import Benign
+from memscrub.locality import Locality, within
+from memscrub.locality_limits import broken_benign, broken_neighbours
+from memscrub.policy_sections import Locality as Limits
+from memscrub.records import Ordinary, benign_record, broken_locality, locality_record
+from memscrub.report import NeighbourRecord
+from memscrub.verdict import Outcome, decide
+
+GOOD = Locality(tokens=1000, kl=0.001, worst_kl=0.02, start_kl=0.001, agreement=0.98, perplexity_ratio=1.001)
+LIMITS = Limits(max_worst_kl=0.05, min_neighbours_kept=0.9, neighbours=("n.txt",))
+TALK = Benign(32, 2, 2, 0, 1, 1, 0, 0, 0.0, 0.9)
+ORDINARY = Ordinary(locality_record(GOOD, LIMITS), NeighbourRecord(3, 100, 95, 0.9), benign_record(TALK, LIMITS))
+
+
+def test_what_is_within_every_limit_says_nothing() -> None:
+    assert within(GOOD, LIMITS) == [] and broken_locality(ORDINARY) == []
+    assert broken_locality(Ordinary(None, None, None)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("kl", 0.02, "max_kl"),
+        ("worst_kl", 0.06, "max_worst_kl"),
+        ("perplexity_ratio", 1.02, "max_perplexity_ratio"),
+        ("agreement", 0.94, "min_agreement"),
+        ("kl", math.nan, "max_kl"),
+    ],
+)
+def test_a_broken_limit_is_named_with_how_far_it_is_missed(name: str, value: float, limit: str) -> None:
+    measured = replace(GOOD, **{name: value})
+    (sentence,) = within(measured, LIMITS)
+    allowed = getattr(LIMITS, limit)
+    assert f"{limit} is broken (allowed {allowed:g}, measured {value:.4g}, missed by " in sentence
+    assert broken_locality(replace(ORDINARY, locality=locality_record(measured, LIMITS))) == [sentence]
+
+
+def test_without_a_limit_the_worst_text_is_only_reported() -> None:
+    record = locality_record(replace(GOOD, worst_kl=9.0), Limits())
+    assert record.worst_kl == 9.0 and broken_locality(Ordinary(record, None, None)) == []
+
+
+def test_a_catastrophe_is_refused_whatever_the_policy_allows() -> None:
+    lax = Limits(max_kl=100, max_perplexity_ratio=50, min_agreement=0.01)
+    assert within(replace(GOOD, kl=9.0, agreement=0.9, perplexity_ratio=1.1), lax) == []
+    ratio, agreement = within(replace(GOOD, agreement=0.89, perplexity_ratio=1.11), lax)
+    assert "perplexity" in ratio and "1.1," in ratio
+    assert "agreement" in agreement and "0.9," in agreement
+
+
+def test_neighbours_that_were_lost_break_their_limit_only_where_one_is_set() -> None:
+    lost = replace(ORDINARY, neighbours=NeighbourRecord(3, 100, 89, 0.9))
+    (sentence,) = broken_locality(lost)
+    assert "min_neighbours_kept" in sentence and "0.89" in sentence
+    assert broken_locality(replace(ORDINARY, neighbours=NeighbourRecord(3, 100, 0, None))) == []
+    assert broken_neighbours(0, 0, 0.9) == []
+
+
+def test_benign_prompts_count_only_beyond_the_limit_and_beyond_chance() -> None:
+    def broken(before: int, after: int, newly: int) -> list[str]:
+        return broken_benign(32, before, after, newly, 0.05, "degenerate")
+
+    assert broken(0, 5, 5)
+    assert "degenerate" in broken(0, 5, 5)[0]
+    assert not broken(0, 4, 4)  # 1 in 16 by chance
+    assert not broken(8, 10, 8)  # six were lost, eight gained
+    assert broken_benign(1000, 0, 40, 40, 0.05, "x") == []  # certain, and within the limit
+    assert broken_benign(0, 0, 0, 0, 0.05, "x") == []
+
+
+def test_ends_and_loops_are_judged_each_by_itself() -> None:
+    talk = replace(TALK, ended_before=0, ended_after=32, newly_ended=32)
+    (sentence,) = broken_locality(replace(ORDINARY, benign=benign_record(talk, LIMITS)))
+    assert "end early" in sentence and "max_degenerate" in sentence
+
+
+def test_another_policys_limits_replace_the_stated_ones() -> None:
+    strict = Limits(max_kl=1e-6, max_worst_kl=1e-6, min_neighbours_kept=1.0, neighbours=("n.txt",))
+    assert len(broken_locality(ORDINARY.under(strict))) == 3
+    assert broken_locality(ORDINARY.under(Limits())) == []
+    assert Ordinary(None, None, None).under(strict) == Ordinary(None, None, None)
+
+
+def test_a_fix_without_room_is_unreachable_and_says_which_limit_stopped_it() -> None:
+    verdict = decide([], ["locality: max_kl is broken."], fixing=True)
+    assert (verdict.outcome, verdict.exit_code) == (Outcome.UNREACHABLE, 4)
+    assert verdict.reasons == ("no room: locality: max_kl is broken.",)
+    gated = decide([], ["locality: max_kl is broken."])
+    assert (gated.outcome, gated.reasons) == (Outcome.VIOLATED, ("locality: max_kl is broken.",))
+    # A limit that stopped the edit does not matter once all texts hold.
+    assert decide([], fixing=True, no_room=["locality: max_kl is broken."]).outcome is Outcome.PASS
