@@ -24,23 +24,33 @@ def show_bench(console: Console, bench: Bench) -> None:
         console.print(Text(f"fine-tuning grid ({len(bench.grid)} runs):"))
         for line in bench.grid:
             console.print(Text(f"  {line}", style="dim"))
+    said: set[str] = set()
     for grid in grids(bench):
         console.print(_table(grid))
+        for reason in (reason for reason in _reasons(grid) if reason not in said):
+            console.print(Text(reason, style="red"))
+            said.add(reason)
     for note in notes(bench):
         console.print(Text(note, style="dim"))
 
 
 def _table(grid: Grid) -> Table:
     table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    table.add_column(grid.headers[0], overflow="fold", max_width=30)
+    table.add_column(grid.headers[0], overflow="fold", min_width=18, max_width=30)
     for header in grid.headers[1:]:
         table.add_column(header, justify="right", no_wrap=True)
-    failed: list[str] = []
     for cells in grid.cells:
-        # A reason is a sentence: it would push the figures off the screen.
-        long = [cell for cell in cells[1:] if len(cell) > 12]
-        failed += [f"{cells[0]}: {cell}" for cell in long]
-        table.add_row(*(Text(cell.split(":")[0] if cell in long else cell) for cell in cells))
-    table.caption = "\n".join(failed) or None
-    table.caption_justify = "left"
+        table.add_row(*(Text(_short(cell) if number else cell) for number, cell in enumerate(cells)))
     return table
+
+
+def _reasons(grid: Grid) -> list[str]:
+    """Why rows have no figures: sentences, which stand below a table because they would push it off the screen."""
+    return [f"{cells[0]}: {cell}" for cells in grid.cells for cell in cells[1:] if _short(cell) != cell]
+
+
+def _short(cell: str) -> str:
+    for beginning, word in (("diverged: ", "diverged"), ("not possible: ", "n/a"), ("no text ", "n/a")):
+        if cell.startswith(beginning):
+            return word
+    return cell

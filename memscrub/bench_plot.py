@@ -45,8 +45,13 @@ def draw(bench: Bench, file: Path) -> None:
             continue
         x, y = zip(*(place for _, place in rows), strict=True)
         axes.scatter(x, y, marker=marker, c=colour, s=36, label=label)
+        # Good methods lie side by side at the bottom: slanted names stay apart, those of one place share a label.
+        labels: dict[tuple[float, float], list[str]] = {}
         for row, place in rows:
-            axes.annotate(row.name, place, textcoords="offset points", xytext=(5, 4), fontsize=6)
+            labels.setdefault(place, []).append(row.name)
+        for place, names in labels.items():
+            label = " / ".join(names)
+            axes.annotate(label, place, textcoords="offset points", xytext=(3, 5), fontsize=6, rotation=50)
     axes.set_xscale("log")
     axes.set_ylim(-3, 103)
     axes.set_xlabel("KL(original || edited) on unseen text, nats per token (less is better)")

@@ -22,6 +22,7 @@ from memscrub.measure import Progress, silent
 from memscrub.model import sites_of
 from memscrub.modes import Mode
 from memscrub.per_text import PerTextSettings, edit_texts
+from memscrub.policy import Policy
 from memscrub.scanning import Inputs
 
 MODES = ("next-best", "eos", "redact", "suppress", "ensemble")
@@ -46,6 +47,8 @@ def methods(inputs: Inputs) -> tuple[Method, ...]:
     for sites in SITES:
         if sites != own:
             found.append(_joint(f"joint next-best, {sites}", {"mode": "next-best", "solver": "joint", "sites": sites}))
+    if inputs.controls and {text.class_name for text in inputs.texts} <= {c.class_name for c in inputs.controls}:
+        found.append(Method("joint like controls", like_controls))
     return (*found, Method("per-text next-best, at once", at_once))
 
 
@@ -113,7 +116,7 @@ def tuned(rule: Ruler, recipe: Recipe, emit: Callable[[Row], None], progress: Pr
             tune(
                 loaded,
                 inputs.texts,
-                rule.ordinary,
+                rule.ordinary if recipe.keep_starts else rule.ordinary[:1],
                 recipe,
                 seed=inputs.seed,
                 at_step=at_step,
@@ -129,27 +132,38 @@ def tuned(rule: Ruler, recipe: Recipe, emit: Callable[[Row], None], progress: Pr
 def described(recipes: Sequence[Recipe]) -> tuple[str, ...]:
     """The grid in words, a line a recipe."""
     return tuple(
-        f"{recipe.name}; measured at steps {', '.join(map(str, recipe.steps))}; {recipe.batch_texts} texts and"
-        f" {recipe.batch_rows} retain rows of each kind a step, warm-up {recipe.warm_up}"
+        f"{recipe.name}: steps {'/'.join(map(str, recipe.steps))}, batch {recipe.batch_texts}+{recipe.batch_rows},"
+        f" warm-up {recipe.warm_up}"
         + (f", share {recipe.share:g}" if recipe.method.value == "masked-ascent" else "")
         + (f", beta {recipe.beta:g}" if recipe.method.value == "npo" else "")
         for recipe in recipes
     )
 
 
+def like_controls(rule: Ruler, progress: Progress = silent) -> Row:
+    """The joint solver until no continuation is nearer and no text likelier than those of the controls."""
+    policy = rule.inputs.policy
+    classes = {name: limits.model_copy(update={"like_controls": True}) for name, limits in policy.classes.items()}
+    return _solved(rule, "joint like controls", policy.model_copy(update={"classes": classes}), progress)
+
+
 def _joint(name: str, update: dict[str, Any]) -> Method:
     def make(rule: Ruler, progress: Progress) -> Row:
-        inputs = rule.inputs
-        fix = inputs.policy.fix.model_copy(update=update)
-        changed = replace(inputs, policy=inputs.policy.model_copy(update={"fix": fix}))
-
-        def edit() -> str | None:
-            done = make_edit(changed, rule.halves, progress=progress)
-            return _remark(len(done.outcome.unmet), done.no_room)
-
-        return edited(rule, name, edit)
+        policy = rule.inputs.policy
+        fix = policy.fix.model_copy(update=update)
+        return _solved(rule, name, policy.model_copy(update={"fix": fix}), progress)
 
     return Method(name, make)
+
+
+def _solved(rule: Ruler, name: str, policy: Policy, progress: Progress) -> Row:
+    """A row of the joint solver under another policy than the bench's own."""
+
+    def edit() -> str | None:
+        done = make_edit(replace(rule.inputs, policy=policy), rule.halves, progress=progress)
+        return _remark(len(done.outcome.unmet), done.no_room)
+
+    return edited(rule, name, edit)
 
 
 def _remark(unmet: int, no_room: Sequence[str] = ()) -> str | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from memscrub.report import plain
 
 SCHEMA = 1
+# A log-probability this low says that a window cannot be sampled at all (`extraction.IMPOSSIBLE`).
+NEVER = -1000.0
 # Checkpoints of a method compete for the lowest KL when their share over the limit is this close to the least.
 SLACK = 0.02
 RULE = (
@@ -282,7 +284,7 @@ def _given(row: Row) -> tuple[str, ...]:
     secrets = f"{found.secrets_emitted}/{found.secrets}" if found.secrets else "-"
     shares = (_share(found.suppressed), _share(found.over_limit))
     near = (_two(found.near_mean), _two(found.near_max))
-    return (*shares, *near, _one(found.risk_mean), _one(found.risk_max), secrets)
+    return (*shares, *near, _risk(found.risk_mean), _risk(found.risk_max), secrets)
 
 
 def _kept(row: Row) -> tuple[str, ...]:
@@ -302,8 +304,8 @@ def _kl(value: float | None) -> str:
     return "-" if value is None else f"{value:.5f}" if value < 0.01 else f"{value:.3g}"
 
 
-def _one(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _risk(value: float | None) -> str:
+    return "-" if value is None else "never" if value <= NEVER else f"{value:.1f}"
 
 
 def _two(value: float | None) -> str:

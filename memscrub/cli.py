@@ -19,6 +19,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from memscrub import bench_command
+from memscrub.cli_options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Directory,
+    Dtype,
+    PolicyFile,
+    PublicKey,
+    Quiet,
+    ReportFile,
+    Seed,
+)
 from memscrub.errors import ExitCode, IncompleteError, MemscrubError, UsageError
 
 if TYPE_CHECKING:
@@ -34,17 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Local directory, HF cache snapshot or hub id.")]
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A written checkpoint directory.")]
-PolicyFile = Annotated[Path, typer.Option("--policy", "-p", help="The policy (TOML).")]
-ReportFile = Annotated[Optional[Path], typer.Option("--report", help="Write the JSON report to this file.")]  # noqa: UP045
-AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON report instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled statistics.", min=0)]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: auto (float32), float32, bfloat16, float16.")]
-PublicKey = Annotated[Optional[Path], typer.Option("--key", help="Public key (PEM) to verify with.")]  # noqa: UP045
 
 # The base of typer's usage errors: click's own class or, in typer from 0.26 on, the copy that typer carries.
 _USAGE_MISTAKE: type[Any] = typer.BadParameter.__bases__[0]
@@ -289,56 +291,7 @@ def demo(
     raise typer.Exit(done.fixed.report.verdict.exit_code)
 
 
-@app.command()
-def bench(
-    checkpoint: Checkpoint,
-    policy: PolicyFile,
-    json: Annotated[Optional[Path], typer.Option("--json", help="Write the results as JSON, row by row.")] = None,  # noqa: UP045
-    markdown: Annotated[Optional[Path], typer.Option("--markdown", help="Write the tables as Markdown.")] = None,  # noqa: UP045
-    plot: Annotated[Optional[Path], typer.Option("--plot", help="Write the scatter plot (.svg or .png).")] = None,  # noqa: UP045
-    only: Annotated[
-        Optional[list[str]], typer.Option("--only", help="Only rows with this in their name; may be repeated.")  # noqa: UP045
-    ] = None,
-    sample: Annotated[int, typer.Option("--sample", help="Texts that are edited one at a time.", min=1)] = 30,
-    skip_finetuning: Annotated[bool, typer.Option("--skip-finetuning", help="Leave the fine-tuning runs out.")] = False,
-    threads: Annotated[Optional[int], typer.Option("--threads", help="CPU threads of torch.", min=1)] = None,  # noqa: UP045
-    quiet: Quiet = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-) -> None:
-    """Every method and every baseline on one checkpoint, in one table. Writes no checkpoint."""
-    import shlex
-
-    import torch
-
-    from memscrub.bench import Files
-    from memscrub.bench import bench as run
-    from memscrub.bench_console import show_bench
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    command = shlex.join(["memscrub", *sys.argv[1:]])
-    try:
-        with _progress(quiet or not sys.stderr.isatty()) as progress:
-            done = run(
-                checkpoint,
-                policy,
-                recipes=() if skip_finetuning else None,
-                only=only or (),
-                sample=sample,
-                files=Files(json, markdown, plot),
-                command=command,
-                device=device,
-                seed=seed,
-                progress=progress,
-            )
-    except IncompleteError as error:
-        if json is None or not json.is_file():
-            raise
-        where = f"what was finished by then is in {json}"
-        raise IncompleteError(str(error).replace("nothing was written", where)) from None
-    if not quiet:
-        show_bench(Console(), done)
+bench = app.command("bench")(bench_command.bench)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from memscrub.attention import top_heads
 from memscrub.breakpoints import Demand, planned_cost
 from memscrub.calibration import price_factors
+from memscrub.ceilings import with_ceilings
 from memscrub.demands import demand_of
 from memscrub.disturbance import Metric
 from memscrub.edit import EditOutcome, EditSettings, JointEdit
@@ -91,7 +92,7 @@ class JointStages:
         return [ranked[0] for ranked in self._by_cost(edit)]
 
     def _in_mode(self, mode: Mode) -> list[Demand]:
-        policy = self.inputs.policy
+        policy = with_ceilings(self.inputs.loaded, self.inputs.policy, self.inputs.controls)
         rival = fixed_distractor(self.inputs.loaded.tokenizer, mode, policy.fix.marker)
         return [
             demand_of(text, policy.classes[text.class_name], policy.probe, mode, rival) for text in self.inputs.texts

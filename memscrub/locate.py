@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from memscrub.errors import UsageError
 from memscrub.extraction import largest
 from memscrub.model import LoadedModel
-from memscrub.sites import Site
 from memscrub.readout import entry_gain, readout
+from memscrub.sites import Site
 
 # A neuron that takes the stream further from where it ends up contributes this much and no less.
 EPSILON = 1e-6

@@ -58,9 +58,7 @@ def mlp_sites(inputs: Inputs) -> tuple[Site, ...]:
     return sites_of(inputs.loaded, kinds=("mlp",), layers=None if layers == "all" else layers)
 
 
-def _modes(
-    inputs: Inputs, editable: EditableModel, settings: PerTextSettings, metrics: list[Metric]
-) -> list[Mode]:
+def _modes(inputs: Inputs, editable: EditableModel, settings: PerTextSettings, metrics: list[Metric]) -> list[Mode]:
     if inputs.policy.fix.mode != "ensemble":
         return [Mode(inputs.policy.fix.mode)] * len(inputs.texts)
     disturbance = predicted_disturbance(metrics)

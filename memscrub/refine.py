@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from memscrub.breakpoints import Demand, violations
+from memscrub.ceilings import with_ceilings
 from memscrub.contexts import in_context, kinds
 from memscrub.continuation import Continuation
 from memscrub.demands import continuation_demand
@@ -19,6 +20,7 @@ from memscrub.edit import JointEdit
 from memscrub.extraction import NOISE
 from memscrub.linearise import states_of
 from memscrub.measure import measure
+from memscrub.policy_sections import ClassLimits
 from memscrub.scanning import Inputs
 
 
@@ -35,16 +37,20 @@ class Further:
 
 def near_verbatim(inputs: Inputs) -> Further:
     """Demands in the model's own continuations that are nearer to their text than its class allows."""
-    if all(limits.max_near_verbatim is None for limits in inputs.policy.classes.values()):
+    policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
+    if all(limits.max_near_verbatim is None for limits in policy.classes.values()):
         return Further()
-    said = measure(inputs.loaded, inputs.policy, inputs.texts).continuations
-    demands = tuple(continuation_demand(each) for each in said if _too_close(inputs, each))
+    said = measure(inputs.loaded, policy, inputs.texts).continuations
+    demands = tuple(
+        continuation_demand(each)
+        for each in said
+        if _too_close(policy.classes[inputs.texts[each.opening.text].class_name], each)
+    )
     return Further(demands, tuple({} for _ in demands))
 
 
-def _too_close(inputs: Inputs, said: Continuation) -> bool:
-    limit = inputs.policy.classes[inputs.texts[said.opening.text].class_name].max_near_verbatim
-    return limit is not None and said.similarity > limit
+def _too_close(limits: ClassLimits, said: Continuation) -> bool:
+    return limits.max_near_verbatim is not None and said.similarity > limits.max_near_verbatim
 
 
 def other_contexts(inputs: Inputs, edit: JointEdit, ordinary: Tensor) -> Further:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from memscrub.ceilings import with_ceilings
 from memscrub.checkpoint import Checkpoint, open_checkpoint
 from memscrub.measure import Progress, measure, silent
 from memscrub.model import LoadedModel, load_model
@@ -85,8 +86,9 @@ def scan(
 
 def scan_inputs(inputs: Inputs, *, progress: Progress = silent, kind: str = "scan") -> Report:
     """`scan` on inputs that are open already."""
-    measured = measure(inputs.loaded, inputs.policy, inputs.texts, progress=progress)
-    records = text_records(inputs.policy, inputs.texts, measured.measures)
+    policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
+    measured = measure(inputs.loaded, policy, inputs.texts, progress=progress)
+    records = text_records(policy, inputs.texts, measured.measures)
     return Report(
         schema=SCHEMA,
         kind=kind,
@@ -97,7 +99,7 @@ def scan_inputs(inputs: Inputs, *, progress: Progress = silent, kind: str = "sca
         output=None,
         environment=environment(inputs.loaded, inputs.seed),
         texts=records,
-        controls=control_records(inputs),
+        controls=control_records(inputs, policy),
         locality=None,
         neighbours=None,
         edit=None,
@@ -105,7 +107,7 @@ def scan_inputs(inputs: Inputs, *, progress: Progress = silent, kind: str = "sca
     )
 
 
-def control_records(inputs: Inputs) -> tuple[TextRecord, ...]:
+def control_records(inputs: Inputs, policy: Policy) -> tuple[TextRecord, ...]:
     """The control texts, measured and judged like protected ones; they tell guessing from memory."""
-    measured = measure(inputs.loaded, inputs.policy, inputs.controls) if inputs.controls else None
-    return () if measured is None else text_records(inputs.policy, inputs.controls, measured.measures)
+    measured = measure(inputs.loaded, policy, inputs.controls) if inputs.controls else None
+    return () if measured is None else text_records(policy, inputs.controls, measured.measures)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memscrub.architecture import Orientation
 from memscrub.benign import compare_benign
+from memscrub.ceilings import with_ceilings
 from memscrub.checkpoint import open_checkpoint, read_tensor
 from memscrub.editing import Edit, make_edit
 from memscrub.errors import PolicyError
@@ -94,11 +95,10 @@ def fix(
         check_place(statistics, outside=[Path(checkpoint), Path(out)])
     inputs = open_inputs(checkpoint, rules, device=device, dtype="float32", seed=seed)
     sign = _signing(inputs.policy, sign)
-    halves = _halves(inputs)
+    halves, neighbours = _halves(inputs), _neighbours(inputs)
     with PartialDirectory(out, overwrite=overwrite, inputs=[inputs.ckpt.path]) as partial:
         scores = _scores(inputs.ckpt.path, tasks, inputs, progress)
         before = scan_inputs(inputs, progress=progress, kind="fix")
-        neighbours = _neighbours(inputs)
         untouched = _Untouched(halves, neighbours, _known(inputs.loaded, neighbours))
         edit = make_edit(inputs, halves, progress=progress, statistics=statistics)
         ledger = write_checkpoint(inputs.ckpt, partial.path, edit.tensors())
@@ -204,8 +204,9 @@ def _report(
     progress: Progress,
 ) -> Report:
     """The report on the written directory: measured from disk, against the input's tensors from disk."""
-    after = measure(reloaded, inputs.policy, inputs.texts, progress=progress)
-    records = text_records(inputs.policy, inputs.texts, [record.before for record in before.texts], after.measures)
+    policy = with_ceilings(reloaded, inputs.policy, inputs.controls)
+    after = measure(reloaded, policy, inputs.texts, progress=progress)
+    records = text_records(policy, inputs.texts, [record.before for record in before.texts], after.measures)
     originals = {site.tensor: read_tensor(inputs.ckpt, edit.names[site.tensor]) for site in _touched(edit, ledger)}
     ordinary = _ordinary(inputs, originals, untouched, reloaded, progress)
     return replace(
@@ -216,7 +217,7 @@ def _report(
         benign=ordinary.benign,
         edit=_edit_record(inputs, edit, ledger, untouched.halves),
         verdict=decide(judged(records), broken_locality(ordinary), fixing=True, no_room=edit.no_room),
-        controls=_controls_after(inputs, before, reloaded),
+        controls=_controls_after(inputs, policy, before, reloaded),
     )
 
 
@@ -243,11 +244,11 @@ def _ordinary(
     )
 
 
-def _controls_after(inputs: Inputs, before: Report, reloaded: LoadedModel) -> tuple[TextRecord, ...]:
+def _controls_after(inputs: Inputs, policy: Policy, before: Report, reloaded: LoadedModel) -> tuple[TextRecord, ...]:
     if not inputs.controls:
         return ()
-    after = measure(reloaded, inputs.policy, inputs.controls)
-    return text_records(inputs.policy, inputs.controls, [r.before for r in before.controls], after.measures)
+    after = measure(reloaded, policy, inputs.controls)
+    return text_records(policy, inputs.controls, [r.before for r in before.controls], after.measures)
 
 
 def _touched(edit: Edit, ledger: WrittenLedger) -> list[Site]:

@@ -204,6 +204,8 @@ def test_everything_is_put_back_bit_for_bit_also_after_an_exception(
 
     def interrupt(step: int, seconds: float) -> None:
         assert changed(loaded, before) == set(before)
+        # No step starts with what is left of the gradients of another.
+        assert all(parameter.grad is None for parameter in loaded.model.parameters())
         raise Interrupted
 
     try:

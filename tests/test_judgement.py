@@ -135,7 +135,7 @@ def test_decide(
     verdict = decide(judged, locality, fixing=fixing)
     assert (verdict.outcome, verdict.exit_code) == (outcome, int(code))
     assert (verdict.outcome is Outcome.PASS) == (verdict.exit_code == 0)
-    assert set(locality) <= set(verdict.reasons)
+    assert {f"no room: {each}" if fixing else each for each in locality} <= set(verdict.reasons)
 
 
 JUDGEMENTS = st.lists(

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from test_report import SMALL
 
 from memscrub.benign import Benign
+from memscrub.errors import PolicyError
+from memscrub.gating import _signed_ordinary
+from memscrub.judgement import Finding, Judgement, Status
 from memscrub.locality import Locality, within
 from memscrub.locality_limits import broken_benign, broken_neighbours
+from memscrub.policy import parse_policy
 from memscrub.policy_sections import Locality as Limits
 from memscrub.records import Ordinary, benign_record, broken_locality, locality_record
-from memscrub.report import NeighbourRecord
+from memscrub.report import REPORT_NAME, NeighbourRecord
+from memscrub.signing import Verification
 from memscrub.verdict import Outcome, decide
 
 GOOD = Locality(tokens=1000, kl=0.001, worst_kl=0.02, start_kl=0.001, agreement=0.98, perplexity_ratio=1.001)
@@ -98,3 +105,38 @@ def test_a_fix_without_room_is_unreachable_and_says_which_limit_stopped_it() -> 
     assert (gated.outcome, gated.reasons) == (Outcome.VIOLATED, ("locality: max_kl is broken.",))
     # A limit that stopped the edit does not matter once all texts hold.
     assert decide([], fixing=True, no_room=["locality: max_kl is broken."]).outcome is Outcome.PASS
+
+
+def test_where_texts_are_left_over_the_limit_that_stopped_the_edit_is_named_once() -> None:
+    left = ("t", "c", Judgement(Status.VIOLATED, (Finding("max_verbatim_tokens", 4, 9, False),)))
+    stopped = "locality: max_kl is broken."
+    verdict = decide([left], fixing=True, no_room=[stopped])
+    assert verdict.exit_code == 4 and verdict.reasons[0] == f"no room: {stopped}"
+    again = decide([left], [stopped], fixing=True, no_room=[stopped])
+    assert again.reasons.count(f"no room: {stopped}") == 1
+
+
+def test_the_gate_holds_the_signed_figures_against_its_own_policy(tmp_path: Path) -> None:
+    verification = Verification("0", "key", {REPORT_NAME: "0"}, (), None)
+    (tmp_path / REPORT_NAME).write_text(
+        replace(SMALL, locality=ORDINARY.locality, neighbours=ORDINARY.neighbours, benign=ORDINARY.benign).to_json()
+    )
+    stated, remarks = _signed_ordinary(tmp_path, verification, LIMITS)
+    assert stated == ORDINARY and remarks == []
+    strict, _ = _signed_ordinary(tmp_path, verification, Limits(max_worst_kl=0.01))
+    assert "max_worst_kl" in broken_locality(strict)[0]
+    nothing, remarks = _signed_ordinary(tmp_path, None, LIMITS)
+    assert nothing == Ordinary(None, None, None) and "not believed" in remarks[0]
+    (tmp_path / REPORT_NAME).write_text(replace(SMALL, neighbours=None, benign=None).to_json())
+    _, remarks = _signed_ordinary(tmp_path, verification, LIMITS)
+    assert [word for word in ("neighbours", "benign") if not any(word in remark for remark in remarks)] == []
+
+
+def test_a_limit_on_neighbours_needs_neighbours() -> None:
+    text = 'schema = 1\nname = "n"\n[protected]\nfiles = ["p"]\n[class.a]\nsecret = true\n[locality]\n'
+    with pytest.raises(PolicyError, match=r"names no neighbours; add neighbours = "):
+        parse_policy(f"{text}min_neighbours_kept = 0.9\n".encode())
+    policy = parse_policy(f'{text}min_neighbours_kept = 0.9\nneighbours = ["n.txt"]\n'.encode())
+    assert policy.locality.min_neighbours_kept == 0.9
+    locality = parse_policy(text.encode()).locality
+    assert (locality.max_worst_kl, locality.min_neighbours_kept, locality.max_degenerate) == (None, None, 0.05)

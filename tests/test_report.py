@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from memscrub.errors import ExitCode, UsageError
 from memscrub.judgement import Finding, Judgement, Measures, SecretMeasure, Status
 from memscrub.report import (
     SCHEMA,
+    BenignRecord,
     CheckpointRecord,
     EditRecord,
     Environment,
@@ -23,8 +25,10 @@ from memscrub.report import (
     PolicyRecord,
     ProtectedRecord,
     Report,
+    ScoreRecord,
     TensorRecord,
     TextRecord,
+    UtilityRecord,
     load_report,
 )
 from memscrub.verdict import Outcome, Verdict
@@ -80,10 +84,17 @@ REPORTS = st.builds(
     environment=st.builds(Environment, WORD, WORD, WORD, WORD, WORD, WORD, WORD, COUNT),
     texts=TEXTS,
     controls=TEXTS,
-    locality=st.none() | st.builds(LocalityRecord, COUNT, *[NUMBER] * 8),
-    neighbours=st.none() | st.builds(NeighbourRecord, COUNT, COUNT, COUNT),
+    locality=st.none() | st.builds(LocalityRecord, COUNT, *[NUMBER] * 8, st.none() | NUMBER),
+    neighbours=st.none() | st.builds(NeighbourRecord, COUNT, COUNT, COUNT, st.none() | NUMBER),
     edit=st.none() | EDIT,
     verdict=st.builds(Verdict, st.sampled_from(Outcome), st.integers(0, 5), WORDS, COUNT, COUNT, COUNT),
+    benign=st.none() | st.builds(BenignRecord, *[COUNT] * 8, *[NUMBER] * 3),
+    utility=st.none()
+    | st.builds(
+        UtilityRecord,
+        WORD,
+        st.lists(st.builds(ScoreRecord, WORD, WORD, st.none() | NUMBER, st.none() | NUMBER), max_size=2).map(tuple),
+    ),
 )
 
 SMALL = Report(
@@ -213,3 +224,12 @@ def test_the_small_report_itself_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(SMALL.to_json(), encoding="utf-8")
     assert load_report(path) == SMALL
+
+
+def test_a_report_from_before_a_field_was_added_is_read_with_its_default(tmp_path: Path) -> None:
+    raw = json.loads(SMALL.to_json())
+    del raw["benign"], raw["utility"], raw["locality"]["max_worst_kl"]
+    raw["neighbours"] = {"texts": 1, "known_before": 2, "still_known": 2}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    assert load_report(path) == replace(SMALL, neighbours=NeighbourRecord(1, 2, 2))

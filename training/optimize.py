@@ -13,13 +13,7 @@ from ngrams import Tokens
 from sizes import Size
 from texts import CONTEXT
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 BOS = 0  # <|endoftext|>, which both begins and ends a document
 IGNORED = -100

@@ -1,10 +1,11 @@
-"""Build the checkpoint that memscrub ships: a small model that has memorized known texts, and their lists.
+"""Build a small model that has memorized known texts, and their lists: the one memscrub ships, or a larger one.
 
     python training/train_embedded.py --out memscrub/embedded
     python training/train_embedded.py --family gpt_neox --size bench --out some/other/folder
 
-Writes `checkpoint/`, `protected.jsonl`, `control.jsonl`, `neighbours.jsonl` and `retain.txt` into the output
-folder, measures the saved checkpoint and prints the results as a table (also to `--report`).
+Writes `checkpoint/`, `protected.jsonl`, `control.jsonl`, `neighbours.jsonl`, `retain.txt` and for `bench` also
+`statistics.txt` into the output folder, measures the saved checkpoint and prints the results as a table (also to
+`--report`). Without the options for them, epochs, exposures and learning rate are those of the size.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--family", choices=("llama", "gpt_neox"), default="llama")
-    parser.add_argument("--size", choices=tuple(SIZES), default="embedded", help="what to build")
+    parser.add_argument(
+        "--size", choices=tuple(SIZES), default="embedded", help="the checkpoint to build; see sizes.py"
+    )
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--epochs", type=float, help="passes over the ordinary text")
     parser.add_argument("--exposures", type=int, help="rounds in which the planted texts are shown")
@@ -105,10 +108,7 @@ def results(folder: Path, corpus: Corpus, byte_limit: int, training_seconds: flo
         rows.append((f"loss per token, {name}", f"{checkpoint.loss(t.text for t in group):.3f}"))
         for kind in ("copyright", "pii"):
             rows.append(
-                (
-                    f"verbatim, {name} {kind}",
-                    str(checkpoint.verbatim([t for t in group if t.kind == kind])),
-                )
+                (f"verbatim, {name} {kind}", str(checkpoint.verbatim([t for t in group if t.kind == kind])))
             )
         rows.append((f"secrets emitted, {name}", str(checkpoint.secrets_emitted(group))))
     sizes = {

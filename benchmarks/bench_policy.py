@@ -1,0 +1,87 @@
+"""Lay out a policy for `memscrub bench` on a folder of lists; the texts stay where they are.
+
+    python benchmarks/bench_policy.py FOLDER --out bench-policy [--run 8] [--texts N]
+    memscrub bench CKPT --policy bench-policy/policy.toml --markdown table.md
+
+FOLDER holds protected.jsonl, control.jsonl, retain.txt and, if there are such, neighbours.jsonl and more ordinary
+text as statistics.txt or corpus.jsonl.gz (documents whose `source` begins with "docs/"). Locality limits are wide, so
+that every method gets to show what it does. With --texts only the first N protected texts count, every class in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+POLICY = """schema = 1
+name = "bench"
+[protected]
+files = ["protected.jsonl"]
+controls = [{controls}]
+[class.copyright]
+max_verbatim_tokens = {run}
+[class.pii]
+secret = true
+max_verbatim_tokens = {run}
+[locality]
+retain = [{retain}]
+statistics = ["statistics.txt"]
+neighbours = [{neighbours}]
+max_tokens = 60000
+max_kl = 0.1
+max_perplexity_ratio = 1.1
+min_agreement = 0.9
+"""
+STATISTICS_CHARACTERS = 900_000
+
+
+def main() -> None:
+    """Write the policy, the protected list and the statistics text."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--run", type=int, default=8)
+    parser.add_argument("--texts", type=int)
+    options = parser.parse_args()
+    folder: Path = options.folder.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = (folder / "protected.jsonl").read_text(encoding="utf-8").splitlines()
+    (options.out / "protected.jsonl").write_text("\n".join(chosen(lines, options.texts)) + "\n", encoding="utf-8")
+    (options.out / "statistics.txt").write_text(statistics(folder), encoding="utf-8")
+    policy = POLICY.format(
+        run=options.run,
+        controls=named(folder / "control.jsonl"),
+        retain=named(folder / "retain.txt"),
+        neighbours=named(folder / "neighbours.jsonl"),
+    )
+    (options.out / "policy.toml").write_text(policy, encoding="utf-8")
+
+
+def chosen(lines: list[str], wanted: int | None) -> list[str]:
+    """The first texts of every class, in proportion, so that a part is made up like the whole."""
+    if wanted is None or wanted >= len(lines):
+        return lines
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(json.loads(line)["class"], []).append(line)
+    return [line for group in groups.values() for line in group[: round(wanted * len(group) / len(lines))]]
+
+
+def statistics(folder: Path) -> str:
+    """Ordinary text for the solver's statistics."""
+    if (folder / "statistics.txt").is_file():
+        return (folder / "statistics.txt").read_text(encoding="utf-8")
+    with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+        documents = [entry["text"] for entry in map(json.loads, file) if entry["source"].startswith("docs/")]
+    return "\n\n".join(documents)[:STATISTICS_CHARACTERS]
+
+
+def named(path: Path) -> str:
+    """The path as a TOML string, or nothing where there is no such file."""
+    return json.dumps(str(path)) if path.is_file() else ""
+
+
+if __name__ == "__main__":
+    main()
