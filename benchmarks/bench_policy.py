@@ -25,6 +25,9 @@ max_verbatim_tokens = {run}
 [class.pii]
 secret = true
 max_verbatim_tokens = {run}
+[probe]
+prefix_tokens = 32
+suffix_tokens = 32
 [locality]
 retain = [{retain}]
 statistics = ["statistics.txt"]

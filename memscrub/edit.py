@@ -8,6 +8,7 @@ measured at weights rounded as they will be stored. Knows no files and no retain
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -115,56 +116,53 @@ class JointEdit:
         return sum(metric.price(site.part(delta)) for site, delta, metric in triples)
 
     def rehearse(self, rounds: int) -> None:
-        """Take so many rounds without keeping the best state; what broke down is taken back.
+        """Take so many rounds without keeping the best state.
 
-        Raises NumericalError, with the weights as they were at first, when nothing can be solved at all.
+        Raises NumericalError, with the weights as they were at first, when a solve breaks down.
         """
-        try:
+        with self.editable.restored_on_error():
             for _ in range(rounds):
                 found, _unmet = self._look()
                 if not any(self.held):
                     return
                 self._step(found, *step_of(self.steps))
                 self.steps += 1
-        except NumericalError:
-            self.editable.restore()
-            raise
 
     def run(self, progress: Callable[[int, int], None] = lambda done, unmet: None) -> EditOutcome:
         """Edit until every demand holds at the stored precision, or the rounds are used up.
 
         Leaves the cheapest state in which all demands hold, or the one with the fewest unmet. `progress` is told
-        the round and the number of unmet demands. A solve that breaks down ends the run; the best state before
-        it stays.
+        the round and the number of unmet demands. A solve that breaks down ends the run, and the best state before
+        it stays; NumericalError (weights restored) when there is none.
         """
+        with self.editable.restored_on_error():
+            return self._run(progress)
+
+    def _run(self, progress: Callable[[int, int], None]) -> EditOutcome:
         best: _Best | None = None
         diverged = False
         for number in range(self.settings.rounds + 1):
             try:
                 found, unmet = self._look()
-            except NumericalError:
-                if best is None:
-                    self.editable.restore()
-                    raise
-                diverged = True
-                break
-            best = self._better(best, unmet, number)
-            progress(number, len(unmet))
-            if number == self.settings.rounds or not any(self.held) or self._settled(best):
-                break
-            try:
+                best = self._better(best, unmet, number)
+                progress(number, len(unmet))
+                if number == self.settings.rounds or not any(self.held) or self._settled(best):
+                    break
                 self._step(found, *step_of(self.steps))
             except NumericalError:
+                if best is None:
+                    raise
                 diverged = True
                 break
             self.steps += 1
         assert best is not None
         self.editable.apply(best.deltas)
-        outcome = best.outcome
-        return replace(outcome, diverged=diverged)
+        return replace(best.outcome, diverged=diverged)
 
     def _better(self, best: _Best | None, unmet: tuple[int, ...], number: int) -> _Best:
         key = (len(unmet), self.cost())
+        if not math.isfinite(key[1]):
+            raise NumericalError("the edit's predicted disturbance is not finite; the edit was rolled back.")
         if best is not None and key >= best.key:
             return best
         active, condition = (0, 1.0) if self.last is None else (self.last.active, self.last.condition)

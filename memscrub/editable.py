@@ -5,7 +5,8 @@ Knows the sites and their dtypes on disk, not why anything is edited.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,17 @@ class EditableModel:
         for site, delta in zip(self.sites, self.deltas, strict=True):
             delta.zero_()
             self.loaded.parameter(site).copy_(self.originals[site.tensor])
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Inside, an error or an interrupt puts the original weights back before it goes on."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self.restore()
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the deltas as they are, for `apply`."""
