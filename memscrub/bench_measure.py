@@ -18,14 +18,14 @@ from torch import Tensor
 
 from memscrub.bench_table import Figures
 from memscrub.editing import DISK_DTYPES, statistics_rows
-from memscrub.errors import ArchitectureError, NumericalError, PolicyError
+from memscrub.errors import ArchitectureError, NumericalError
 from memscrub.extraction import Sampling, discoverable, score
 from memscrub.judgement import Measures
-from memscrub.locality import RetainHalves, compare, split_retain
+from memscrub.locality import RetainHalves, compare
 from memscrub.measure import measure
-from memscrub.model import LoadedModel, name_on_disk
+from memscrub.model import name_on_disk
+from memscrub.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.policy import Policy
-from memscrub.protected import load_texts
 from memscrub.scanning import Inputs
 from memscrub.tokens import TokenText
 
@@ -76,7 +76,7 @@ class Ruler:
         if not math.isfinite(locality.perplexity_ratio):
             raise NumericalError("the model's output on retain text is not finite.")
         found = _summary(self, self.inputs.texts, self.came_out)
-        known = [(a, b) for was, now in zip(self.known, _known(loaded, self.neighbours), strict=True)
+        known = [(a, b) for was, now in zip(self.known, known_tokens(loaded, self.neighbours), strict=True)
                  for a, b in zip(was, now, strict=True)]  # fmt: skip
         before = sum(was for was, _ in known)
         return replace(
@@ -99,20 +99,9 @@ class Ruler:
 def ruler(inputs: Inputs) -> Ruler:
     """Cut the retain text, and note what the unedited model knows. Raises PolicyError without enough retain text."""
     policy = measuring_policy(inputs.policy)
-    halves = split_retain(
-        inputs.loaded,
-        load_texts(inputs.policy.retain_paths),
-        load_texts(map(policy.resolve, policy.locality.statistics)),
-        inputs.texts,
-        max_tokens=policy.locality.max_tokens,
-    )
-    if not len(halves.solver) or not len(halves.judge):
-        raise PolicyError(
-            f"{policy.path}: the retain text is too short to be split into a half to solve with and a half to"
-            " judge by; add ordinary text to the files that [locality] retain names."
-        )
-    neighbours = _neighbours(inputs)
-    known = tuple(map(tuple, _known(inputs.loaded, neighbours)))
+    halves = retain_halves(inputs)
+    neighbours = neighbour_texts(inputs)
+    known = tuple(map(tuple, known_tokens(inputs.loaded, neighbours)))
     probe = policy.probe
     scores = score(inputs.loaded, inputs.texts, lambda _: Sampling(), batch_tokens=probe.batch_tokens)
     came_out = tuple(
@@ -177,22 +166,6 @@ def _suppressed(measures: Sequence[Measures], came_out: Sequence[bool]) -> float
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _neighbours(inputs: Inputs) -> tuple[TokenText, ...]:
-    loaded = inputs.loaded
-    documents = load_texts(map(inputs.policy.resolve, inputs.policy.locality.neighbours))
-    rows = [loaded.prompt + tuple(loaded.tokenizer(d.text, add_special_tokens=False)["input_ids"]) for d in documents]
-    start = len(loaded.prompt)
-    return tuple(
-        TokenText(f"neighbour-{index}", "neighbour", row[: loaded.max_positions], start)
-        for index, row in enumerate(rows)
-    )
-
-
-def _known(loaded: LoadedModel, texts: Sequence[TokenText]) -> list[list[bool]]:
-    """Which tokens of each text greedy decoding emits."""
-    return [(scores.gap > 0).tolist() for scores in score(loaded, texts, lambda _: Sampling())]
 
 
 def _processor() -> str:

@@ -122,4 +122,4 @@ def _metrics(
     if file is None:
         return compute()
     key = statistics_key(inputs.loaded, digest_files(inputs.ckpt), rows, seed=inputs.seed, ridge=RIDGE)
-    return metrics_from(file, key, compute, sites)
+    return metrics_from(file, key, compute, sites, device=inputs.loaded.device)

@@ -18,14 +18,12 @@ from memscrub.benign import compare_benign
 from memscrub.ceilings import with_ceilings
 from memscrub.checkpoint import open_checkpoint, read_tensor
 from memscrub.editing import Edit, make_edit
-from memscrub.errors import PolicyError
-from memscrub.extraction import Sampling, score
 from memscrub.keys import load_private_key
-from memscrub.locality import RetainHalves, compare, split_retain
+from memscrub.locality import RetainHalves, compare
 from memscrub.measure import Progress, measure, silent
 from memscrub.model import LoadedModel, load_model
+from memscrub.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.policy import Policy, load_policy
-from memscrub.protected import load_texts
 from memscrub.records import (
     Ordinary,
     benign_record,
@@ -95,11 +93,11 @@ def fix(
         check_place(statistics, outside=[Path(checkpoint), Path(out)])
     inputs = open_inputs(checkpoint, rules, device=device, dtype="float32", seed=seed)
     sign = _signing(inputs.policy, sign)
-    halves, neighbours = _halves(inputs), _neighbours(inputs)
+    halves, neighbours = retain_halves(inputs), neighbour_texts(inputs)
     with PartialDirectory(out, overwrite=overwrite, inputs=[inputs.ckpt.path]) as partial:
         scores = _scores(inputs.ckpt.path, tasks, inputs, progress)
         before = scan_inputs(inputs, progress=progress, kind="fix")
-        untouched = _Untouched(halves, neighbours, _known(inputs.loaded, neighbours))
+        untouched = _Untouched(halves, list(neighbours), known_tokens(inputs.loaded, neighbours))
         edit = make_edit(inputs, halves, progress=progress, statistics=statistics)
         ledger = write_checkpoint(inputs.ckpt, partial.path, edit.tensors())
         report = _report(inputs, before, edit, ledger, untouched, _reload(partial.path, edit, device=device), progress)
@@ -151,39 +149,10 @@ def _signing(policy: Policy, sign: Signing | None) -> Signing | None:
     return sign
 
 
-def _halves(inputs: Inputs) -> RetainHalves:
-    policy = inputs.policy
-    halves = split_retain(
-        inputs.loaded,
-        load_texts(policy.retain_paths),
-        load_texts(map(policy.resolve, policy.locality.statistics)),
-        inputs.texts,
-        max_tokens=policy.locality.max_tokens,
-    )
-    if not len(halves.solver) or not len(halves.judge):
-        raise PolicyError(
-            f"{policy.path}: the retain text is too short to be split into a half to solve with and a half to"
-            " judge by; add ordinary text to the files that [locality] retain names."
-        )
-    return halves
-
-
-def _neighbours(inputs: Inputs) -> list[TokenText]:
-    documents = load_texts(map(inputs.policy.resolve, inputs.policy.locality.neighbours))
-    prompt, room = inputs.loaded.prompt, inputs.loaded.max_positions
-    rows = [prompt + tuple(inputs.loaded.tokenizer(d.text, add_special_tokens=False)["input_ids"]) for d in documents]
-    return [TokenText(f"neighbour-{index}", "neighbour", row[:room], len(prompt)) for index, row in enumerate(rows)]
-
-
-def _known(loaded: LoadedModel, neighbours: Sequence[TokenText]) -> list[list[bool]]:
-    """Which tokens of each neighbour greedy decoding emits."""
-    return [(scores.gap > 0).tolist() for scores in score(loaded, neighbours, lambda _: Sampling())]
-
-
 def _still_known(reloaded: LoadedModel, untouched: _Untouched, limit: float | None) -> NeighbourRecord | None:
     if not untouched.neighbours:
         return None
-    now = _known(reloaded, untouched.neighbours)
+    now = known_tokens(reloaded, untouched.neighbours)
     pairs = [(a, b) for was, here in zip(untouched.known, now, strict=True) for a, b in zip(was, here, strict=True)]
     return NeighbourRecord(len(now), sum(a for a, _ in pairs), sum(a and b for a, b in pairs), limit)
 

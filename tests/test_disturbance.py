@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,14 +94,24 @@ def test_solving_undoes_the_metric() -> None:
     torch.testing.assert_close(metric.solve_outputs(rows) @ f, rows, atol=1e-4, rtol=1e-4)
 
 
-def test_a_restricted_metric_is_that_of_the_principal_submatrix() -> None:
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(8, 12, generator=generator)
-    c = root @ root.T
-    metric, columns = Metric(torch.linalg.cholesky(c), torch.eye(3)), [6, 1, 2, 7]
-    part = metric.restricted(columns)
-    torch.testing.assert_close(part.inputs @ part.inputs.T, c[columns][:, columns], atol=1e-4, rtol=1e-4)
-    assert torch.equal(part.outputs, metric.outputs)
+def test_a_restricted_sites_metric_is_that_of_the_principal_submatrices(loaded: LoadedModel) -> None:
+    whole = sites_of(loaded)[0]
+    columns, rows = (6, 1, 2, 7), (3, 0, 9)
+    part = replace(whole, columns=columns, rows=rows)
+    (full,) = measure_disturbance(loaded, [whole], [RETAIN], seed=0, ridge=1e-6)
+    (found,) = measure_disturbance(loaded, [part], [RETAIN], seed=0, ridge=1e-6)
+    c, f = full.inputs @ full.inputs.T, full.outputs @ full.outputs.T
+    torch.testing.assert_close(found.inputs @ found.inputs.T, c[list(columns)][:, list(columns)], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.outputs @ found.outputs.T, f[list(rows)][:, list(rows)], atol=1e-4, rtol=1e-3)
+
+
+def test_the_price_of_an_edit_is_half_the_trace_and_scales(loaded: LoadedModel) -> None:
+    (metric,) = measure_disturbance(loaded, sites_of(loaded)[:1], [RETAIN], seed=0)
+    edit = torch.randn(len(metric.outputs), len(metric.inputs), generator=torch.Generator().manual_seed(1))
+    c, f = metric.inputs @ metric.inputs.T, metric.outputs @ metric.outputs.T
+    expected = 0.5 * float(torch.trace(f @ edit @ c @ edit.T))
+    assert metric.price(edit) == pytest.approx(expected, rel=1e-4)
+    assert metric.scaled(3.0).price(edit) == pytest.approx(3 * expected, rel=1e-4)
 
 
 def test_how_far_the_pass_has_come_is_told_in_rows(loaded: LoadedModel) -> None:

@@ -180,8 +180,8 @@ def test_only_the_columns_of_a_restricted_site_change(path: Path) -> None:
     editable = EditableModel(loaded, (site,), {site.name: torch.float32})
     edit = JointEdit(editable, [metric], replace(SETTINGS, rounds=2))
     edit.demand([Demand(text.tokens, text.first_judged(1), ALLOWED) for text in texts_of(loaded)])
-    assert list(edit.linearised((site,))[0][0].activations.shape)[1] == 4
     edit.run()
+    assert list(edit.linearised((site,))[0][0].activations.shape)[1] == 4
     editable.apply([editable.deltas[0] + 0.0])
     assert changed(loaded, before) <= {site.tensor}
     touched = {int(column) for column in editable.change(site).any(0).nonzero()[:, 0]}

@@ -15,8 +15,8 @@ from memscrub.architecture import Gain
 from memscrub.errors import ArchitectureError, UsageError
 from memscrub.locate import EPSILON, Locator, Neuron, contributions, observe, rank_bounds, ranked
 from memscrub.model import LoadedModel, sites_of
-from memscrub.sites import Site
 from memscrub.readout import readout
+from memscrub.sites import Site
 
 TOKENS = tuple(ids_of(random_text(5, 12)))
 

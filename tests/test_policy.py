@@ -75,7 +75,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "next-best",
         "joint",
         "attention",
-        "mlp+attention",
+        "mlp+attention+queries",
     )
     assert (fix.margin, fix.rounds, fix.layers) == (0.3, 12, "all")
     assert (policy.report.key, policy.sign.key) == (None, None)
@@ -161,7 +161,8 @@ BAD = {
     ),
     "a choice misspelt": (
         ('"next-best"', '"next-bst"'),
-        "policy.toml:16: mode in [fix] must be \"next-best\"; did you mean 'next-best'?",
+        'policy.toml:16: mode in [fix] must be "next-best", "eos", "redact", "suppress" or "ensemble";'
+        " did you mean 'next-best'?",
     ),
     "a text where a list belongs": (
         ('["protected.jsonl"]', '"protected.jsonl"'),
