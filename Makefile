@@ -14,7 +14,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memscrub-installed
-BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 PYTEST_FLAGS ?= -q
 
 .DEFAULT_GOAL := test
@@ -42,15 +41,16 @@ format: $(STAMP)  ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## the figures of docs/benchmarks.md
-	@test -n "$(BENCHMARKS)" || { echo "There is no benchmarks/*.py here."; exit 2; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+bench: $(STAMP)  ## every method and baseline on the embedded checkpoint, into memscrub-bench/ (over an hour)
+	$(BIN)/python benchmarks/bench_policy.py memscrub/embedded --out memscrub-bench --run 16
+	$(BIN)/memscrub bench memscrub/embedded/checkpoint --policy memscrub-bench/policy.toml \
+		--json memscrub-bench/bench.json --markdown memscrub-bench/bench.md --plot memscrub-bench/bench.svg
 
 wheel: $(STAMP)  ## sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean:  ## remove build products and caches, keep .venv
-	rm -rf build dist memscrub-demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf build dist memscrub-demo memscrub-bench *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 		.import_linter_cache
 
 help:  ## this list

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 POLICY = """schema = 1
 name = "bench"
@@ -30,7 +32,7 @@ prefix_tokens = 32
 suffix_tokens = 32
 [locality]
 retain = [{retain}]
-statistics = ["statistics.txt"]
+statistics = [{statistics}]
 neighbours = [{neighbours}]
 max_tokens = 60000
 max_kl = 0.1
@@ -38,6 +40,7 @@ max_perplexity_ratio = 1.1
 min_agreement = 0.9
 """
 STATISTICS_CHARACTERS = 900_000
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -52,11 +55,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     lines = (folder / "protected.jsonl").read_text(encoding="utf-8").splitlines()
     (options.out / "protected.jsonl").write_text("\n".join(chosen(lines, options.texts)) + "\n", encoding="utf-8")
-    (options.out / "statistics.txt").write_text(statistics(folder), encoding="utf-8")
+    more = statistics(folder)
+    if more:
+        (options.out / "statistics.txt").write_text(more, encoding="utf-8")
     policy = POLICY.format(
         run=options.run,
         controls=named(folder / "control.jsonl"),
         retain=named(folder / "retain.txt"),
+        statistics='"statistics.txt"' if more else "",
         neighbours=named(folder / "neighbours.jsonl"),
     )
     (options.out / "policy.toml").write_text(policy, encoding="utf-8")
@@ -64,18 +70,26 @@ def main() -> None:
 
 def chosen(lines: list[str], wanted: int | None) -> list[str]:
     """The first texts of every class, in proportion, so that a part is made up like the whole."""
-    if wanted is None or wanted >= len(lines):
+    if wanted is None:
         return lines
-    groups: dict[str, list[str]] = {}
-    for line in lines:
-        groups.setdefault(json.loads(line)["class"], []).append(line)
-    return [line for group in groups.values() for line in group[: round(wanted * len(group) / len(lines))]]
+    return in_proportion(lines, [json.loads(line)["class"] for line in lines], wanted)
+
+
+def in_proportion(items: Sequence[T], classes: Sequence[str], wanted: int) -> list[T]:
+    """The first `wanted` items (about), of every class in proportion to its number."""
+    groups: dict[str, list[T]] = {}
+    for item, name in zip(items, classes, strict=True):
+        groups.setdefault(name, []).append(item)
+    share = min(1.0, wanted / max(1, len(items)))
+    return [item for group in groups.values() for item in group[: round(share * len(group))]]
 
 
 def statistics(folder: Path) -> str:
-    """Ordinary text for the solver's statistics."""
+    """More ordinary text for the solver's statistics, where the folder holds any."""
     if (folder / "statistics.txt").is_file():
         return (folder / "statistics.txt").read_text(encoding="utf-8")
+    if not (folder / "corpus.jsonl.gz").is_file():
+        return ""
     with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
         documents = [entry["text"] for entry in map(json.loads, file) if entry["source"].startswith("docs/")]
     return "\n\n".join(documents)[:STATISTICS_CHARACTERS]

@@ -5,7 +5,7 @@ secret span emitted whole (one break in it), and no window or span likelier than
 (breaks are made deeper, or more of them). Pure functions on one text's scores; knows no model.
 
 A position's `price` is what one squared logit of movement costs in disturbance; moving the gap g to -m costs
-price * (g + m)^2 (see `edit.prices`).
+price * (g + m)^2 (see `linearise.prices`).
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ def price_factors(
 ) -> list[float]:
     """Measured KL over predicted KL for each site's part of the live edit alone, within `LEAST` and `MOST`.
 
-    `rows` `[rows, width]` is ordinary text, best not what the metrics were estimated on. One for a site that the
-    edit leaves alone.
+    `rows` `[rows, width]` is ordinary text. One for a site that the edit leaves alone.
     """
     loaded = editable.loaded
     measured = [0.0] * len(editable.sites)

@@ -1,8 +1,8 @@
-"""The joint solver on a policy's texts: stage by stage, cheapest first, measured after each, rolled back if need be.
+"""The joint solver on a policy's texts: stage by stage, cheapest first, taken back where there is no room for it.
 
-After a stage the model is measured on the solver's half of the retain text. A stage that breaks a locality limit
-is taken back, and the texts that cost least are edited instead, as many as there is room for. Writes nothing; the
-judge's half is not looked at.
+After the last stage the model is measured on the solver's half of the retain text. An edit that breaks a locality
+limit is taken back, and the texts that cost least are edited instead, as many as there is room for. Writes nothing;
+the judge's half is not looked at.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from memscrub.trace import weights_swapped
 REFINEMENTS = 4
 # Where further demands join, the rounds go on from this one of the schedule.
 RESUME = 4
-# The metrics are held against measured prices after this many rounds; the schedule then goes back to its second.
-CALIBRATE_AFTER, REWIND_TO = 4, 1
+# The metrics are held against measured prices after this many rounds. What the rounds after these keep of the edit
+# made until then is a few hundredths in the end.
+CALIBRATE_AFTER = 2
+CALIBRATION_ROWS = 8
 # Where not all texts fit: shares of them that are tried, those that cost least first.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -118,10 +120,9 @@ class JointStages:
     def _calibrated(self, edit: JointEdit) -> EditOutcome:
         """A few rounds to see what sites truly cost, then the run with prices that are true to it."""
         edit.rehearse(CALIBRATE_AFTER)
-        rows = self.ordinary[:: max(1, len(self.ordinary) // 16)][:16]
+        rows = self.ordinary[:: max(1, len(self.ordinary) // CALIBRATION_ROWS)][:CALIBRATION_ROWS]
         factors = price_factors(edit.editable, edit.metrics, rows)
         edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
-        edit.steps = REWIND_TO
         return self._refined(edit)
 
     def _refined(self, edit: JointEdit) -> EditOutcome:

@@ -197,7 +197,7 @@ class Fix(Section):
         default=50, description="Solver `per-text`: neurons count whose vector ranks the token among so many."
     )
     fallback: Literal["attention", "none"] = Field(
-        default="attention", description="What to try on texts that editing the chosen sites does not reach."
+        default="attention", description='With sites = "mlp": what to try on texts that editing these does not reach.'
     )
     sites: Literal["mlp", "mlp+attention", "mlp+attention+queries"] = Field(
         default="mlp+attention+queries",
