@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memscrub.architecture import FAMILIES, Orientation, family_of
+from memscrub.architecture import FAMILIES, Layout, Orientation, family_of
 from memscrub.errors import ArchitectureError, UsageError
 from memscrub.locate import observe
 from memscrub.model import LoadedModel, sites_of
@@ -62,6 +62,43 @@ def test_every_block_has_both_sites_in_the_stated_orientation(name: str) -> None
         assert (type(module).__name__ == "Conv1D") == (site.orientation is Orientation.ROWS)
         if site.kind == "mlp":
             assert loaded.weight(site).shape[1] == 96
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_queries_are_as_many_as_the_attention_writes_from(name: str) -> None:
+    loaded = _loaded(name)
+    queries, outputs = sites_of(loaded, kinds=("query",)), sites_of(loaded, kinds=("attention",))
+    for query, output in zip(queries, outputs, strict=True):
+        size = loaded.weight(output).shape[1]
+        rows = range(loaded.weight(query).shape[0]) if query.rows is None else query.rows
+        assert len(set(rows)) == size
+        assert loaded.weight(query).shape[1] == HIDDEN
+        assert (query.rows is None) == (loaded.family.layout is Layout.ALONE)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_moving_the_query_rows_changes_what_the_attention_makes_of_a_past_only(name: str) -> None:
+    loaded = _randomised(name)
+    site = sites_of(loaded, kinds=("query",), layers=[1])[0]
+    ids = torch.tensor([[5, 17, 60, 3]])
+    with torch.no_grad():
+        before = loaded.logits(ids)
+        change = torch.randn(site.part(loaded.weight(site)).shape, generator=torch.Generator().manual_seed(2))
+        loaded.weight(site).add_(site.whole(change, loaded.weight(site)))
+        after = loaded.logits(ids)
+    # The first token sees only itself: whatever its query, the attention gives its own value back.
+    torch.testing.assert_close(before[:, 0], after[:, 0], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(before[:, 1:], after[:, 1:], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention", "query"])
+def test_a_block_without_a_module_that_its_family_should_have_stops_the_run(kind: str) -> None:
+    loaded = _loaded("llama")
+    name = sites_of(loaded, kinds=(kind,))[1].name
+    parent, _, child = name.rpartition(".")
+    delattr(loaded.model.get_submodule(parent), child)
+    with pytest.raises(ArchitectureError, match="nothing was edited"):
+        sites_of(loaded, kinds=(kind,))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
