@@ -7,9 +7,11 @@ more than the joint solver does (docs/benchmarks.md). Writes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from memscrub.ceilings import with_ceilings
 from memscrub.demands import demand_of
 from memscrub.disturbance import Metric
 from memscrub.edit import EditOutcome
@@ -32,7 +34,7 @@ def edit_one_by_one(
     inputs: Inputs, stored: dict[str, torch.dtype], sites: Sequence[Site], metrics: list[Metric], progress: Progress
 ) -> tuple[EditableModel, EditOutcome]:
     """Edit the policy's texts one after the other at these MLP sites; leaves the model edited."""
-    policy = inputs.policy
+    policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
     editable = EditableModel(inputs.loaded, tuple(sites), stored)
     settings = PerTextSettings(
         neurons=policy.fix.neurons,
@@ -64,7 +66,13 @@ def _modes(inputs: Inputs, editable: EditableModel, settings: PerTextSettings, m
     disturbance = predicted_disturbance(metrics)
     chosen = []
     for text in inputs.texts:
-        held_out = [with_shorter_prefix(inputs.loaded, text, settings, length) for length in HELD_OUT]
-        mode = choose_mode(editable, text, settings, held_out=held_out, disturbance=disturbance)
+        # A text shorter than the usual prefix is opened at half its length, as for near-verbatim.
+        own = replace(
+            settings,
+            prefix_tokens=min(settings.prefix_tokens, text.length // 2),
+            allowed_run=inputs.policy.classes[text.class_name].max_verbatim_tokens or 0,
+        )
+        held_out = [with_shorter_prefix(inputs.loaded, text, own, length) for length in HELD_OUT]
+        mode = choose_mode(editable, text, own, held_out=held_out, disturbance=disturbance)
         chosen.append(mode or Mode.NEXT_BEST)
     return chosen

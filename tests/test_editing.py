@@ -1,0 +1,186 @@
+"""The edit as a policy asks for it: every solver, mode and set of sites, from the policy file to live weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from models import WORDS, changed, ordinary_rows, random_text, snapshot, tiny_checkpoint
+
+from memscrub.breakpoints import violations
+from memscrub.ceilings import with_ceilings
+from memscrub.contexts import Context, in_context
+from memscrub.demands import demand_of
+from memscrub.editing import Edit, make_edit
+from memscrub.errors import UsageError
+from memscrub.linearise import states_of
+from memscrub.measure import measure
+from memscrub.ordinary_text import known_tokens, neighbour_texts, retain_halves
+from memscrub.scanning import Inputs, open_inputs
+
+ALLOWED = 5
+POLICY = """\
+schema = 1
+name = "editing"
+[protected]
+files = ["protected.jsonl"]
+controls = ["control.jsonl"]
+[class.c]
+max_verbatim_tokens = {allowed}
+{limits}
+[probe]
+near_verbatim_prefix = 8
+near_verbatim_tokens = 16
+offsets = [0, 4]
+[locality]
+retain = ["retain.txt"]
+neighbours = ["retain.txt"]
+max_kl = 100.0
+max_perplexity_ratio = 100.0
+min_agreement = 0.001
+[fix]
+{fix}
+"""
+CONTEXTS: tuple[Context, ...] = ("unrelated", "perturbed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("editing")
+    texts = [random_text(seed, 36) for seed in range(3)]
+    tiny_checkpoint(path / "checkpoint", "llama", seed=6, texts=texts, steps=90)
+    for name, group in (("protected", texts), ("control", [random_text(seed, 36) for seed in (7, 8, 9)])):
+        lines = [json.dumps({"id": f"{name}-{i}", "class": "c", "text": text}) for i, text in enumerate(group)]
+        (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [" ".join(WORDS[i] for i in row) for row in ordinary_rows(7, 30, 90).tolist()]
+    (path / "retain.txt").write_text("\n\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model this tiny is full: here it is what an edit reaches that counts, whatever it costs."""
+    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
+    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
+
+
+def opened(folder: Path, fix: str, limits: str = "") -> Inputs:
+    (folder / "policy.toml").write_text(POLICY.format(allowed=ALLOWED, limits=limits, fix=fix))
+    return open_inputs(folder / "checkpoint", folder / "policy.toml", device="cpu", dtype="float32")
+
+
+def longest(inputs: Inputs) -> int:
+    return max(each.match_run for each in measure(inputs.loaded, inputs.policy, inputs.texts).measures)
+
+
+def edit_of(inputs: Inputs) -> Edit:
+    return make_edit(inputs, retain_halves(inputs))
+
+
+@pytest.mark.parametrize(
+    "fix",
+    [
+        'mode = "next-best"',
+        'mode = "suppress"',
+        'mode = "redact"\nmarker = "w07"',
+        'mode = "ensemble"\nmarker = "w07"',
+        'sites = "mlp"',
+        'sites = "mlp"\nfallback = "none"\nlayers = [1]',
+        'sites = "mlp+attention"',
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_the_joint_solver_takes_the_texts_out_and_says_what_it_did(folder: Path, fix: str) -> None:
+    inputs = opened(folder, fix)
+    before = snapshot(inputs.loaded)
+    assert longest(inputs) > 3 * ALLOWED
+    edit = edit_of(inputs)
+    assert edit.outcome.unmet == ()
+    assert longest(inputs) <= ALLOWED
+    assert edit.no_room == ()
+    assert set(edit.tensors()) == changed(inputs.loaded, before)
+    if 'sites = "mlp"' in fix:
+        assert all("down_proj" in name for name in edit.tensors())
+    edit.editable.restore()
+    assert changed(inputs.loaded, before) == set()
+
+
+@pytest.mark.parametrize("mode", ["next-best", "ensemble"])
+@pytest.mark.usefixtures("room")
+def test_the_per_text_solver_edits_located_mlp_neurons_only(folder: Path, mode: str) -> None:
+    inputs = opened(folder, f'solver = "per-text"\nmode = "{mode}"\nmarker = "w07"\nmargin = 1.0\nneurons = 12')
+    before, ran = snapshot(inputs.loaded), longest(inputs)
+    edit = edit_of(inputs)
+    assert changed(inputs.loaded, before)
+    assert all("down_proj" in name for name in changed(inputs.loaded, before))
+    assert longest(inputs) < ran
+    assert len(edit.outcome.unmet) == sum(
+        each.match_run > ALLOWED for each in measure(inputs.loaded, inputs.policy, inputs.texts).measures
+    )
+    edit.editable.restore()
+    assert changed(inputs.loaded, before) == set()
+
+
+def test_a_mode_whose_token_this_tokenizer_lacks_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="end-of-text token"):
+        edit_of(opened(folder, 'mode = "eos"'))
+
+
+@pytest.mark.usefixtures("room")
+def test_texts_hold_in_the_contexts_that_the_policy_names(folder: Path) -> None:
+    inputs = opened(folder, 'contexts = ["start", "unrelated", "perturbed"]')
+    halves = retain_halves(inputs)
+    edit = make_edit(inputs, halves)
+    assert longest(inputs) <= ALLOWED
+    limits, probe = inputs.policy.classes["c"], inputs.policy.probe
+    moved = [
+        in_context(inputs.loaded, text, demand_of(text, limits, probe), kind, halves.solver, seed=inputs.seed)
+        for kind in CONTEXTS
+        for text in inputs.texts
+    ]
+    demands = [demand for demand in moved if demand is not None]
+    assert len(demands) == 6
+    states = states_of(inputs.loaded, demands, batch_tokens=500)
+    assert sum(bool(violations(d, s)) for d, s in zip(demands, states, strict=True)) == 0
+    edit.editable.restore()
+
+
+@pytest.mark.usefixtures("room")
+def test_like_controls_makes_no_window_likelier_than_the_controls_are(folder: Path) -> None:
+    inputs = opened(folder, "margin = 0.3", "like_controls = true")
+    ceilings = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
+    limit = ceilings.classes["c"].max_sampling_probability
+    assert limit is not None and limit < 1e-3
+    before = measure(inputs.loaded, ceilings, inputs.texts).measures
+    edit = edit_of(inputs)
+    after = measure(inputs.loaded, ceilings, inputs.texts).measures
+    assert edit.outcome.unmet == ()
+    assert min(m.window_log_probability or 0.0 for m in before) > math.log(limit)
+    assert max(m.window_log_probability or 0.0 for m in after) <= math.log(limit)
+    assert all((b.near_verbatim or 0.0) > (a.near_verbatim or 0.0) for b, a in zip(before, after, strict=True))
+    edit.editable.restore()
+
+
+def test_neighbours_are_read_whole_and_known_by_token(folder: Path) -> None:
+    inputs = opened(folder, "margin = 0.3")
+    texts = neighbour_texts(inputs)
+    known = known_tokens(inputs.loaded, texts)
+    assert len(texts) == 30
+    assert all(len(each) == len(text.tokens) - 1 for each, text in zip(known, texts, strict=True))
+    assert 0 < sum(map(sum, known)) < sum(map(len, known))
+
+
+def test_where_not_all_texts_fit_those_that_cost_least_are_edited_and_the_reason_is_told(folder: Path) -> None:
+    inputs = opened(folder, 'sites = "mlp"\nfallback = "none"\nlayers = [1]')
+    before = snapshot(inputs.loaded)
+    edit = edit_of(inputs)
+    (reason,) = edit.no_room
+    assert "agreement" in reason and "allowed 0.9" in reason
+    assert edit.stages[0] == "mlp" and edit.stages[-1].endswith("for want of room")
+    runs = [each.match_run for each in measure(inputs.loaded, inputs.policy, inputs.texts).measures]
+    assert edit.outcome.unmet == tuple(i for i, run in enumerate(runs) if run > ALLOWED)
+    assert 0 < len(edit.outcome.unmet) < len(runs)
+    edit.editable.restore()
+    assert changed(inputs.loaded, before) == set()
