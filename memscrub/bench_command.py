@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from memscrub.cli_options import Checkpoint, Device, PolicyFile, Quiet, Seed
-from memscrub.errors import IncompleteError
+from memscrub.errors import IncompleteError, UsageError
 
 JsonFile = Annotated[Optional[Path], typer.Option("--json", help="Write the results as JSON, row by row.")]  # noqa: UP045
 MarkdownFile = Annotated[Optional[Path], typer.Option("--markdown", help="Write the tables as Markdown.")]  # noqa: UP045
@@ -25,6 +25,7 @@ Names = Annotated[
 ]
 Sample = Annotated[int, typer.Option("--sample", help="Texts that are edited one at a time.", min=1)]
 Skip = Annotated[bool, typer.Option("--skip-finetuning", help="Leave the fine-tuning runs out.")]
+Grid = Annotated[str, typer.Option("--grid", help="Settings of the fine-tuning runs: small or large.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads of torch.", min=1)]  # noqa: UP045
 
 
@@ -37,6 +38,7 @@ def bench(
     only: Names = None,
     sample: Sample = 30,
     skip_finetuning: Skip = False,
+    grid: Grid = "small",
     threads: Threads = None,
     quiet: Quiet = False,
     seed: Seed = 0,
@@ -45,11 +47,15 @@ def bench(
     """Every method and every baseline on one checkpoint, in one table. Writes no checkpoint."""
     import torch
 
+    from memscrub import finetune
     from memscrub.bench import Files
     from memscrub.bench import bench as run
     from memscrub.bench_console import show_bench
     from memscrub.progress import shown
 
+    if grid not in ("small", "large"):
+        raise UsageError(f"the grid '{grid}' is not known; use small or large.")
+    recipes = finetune.grid() if grid == "small" else finetune.large_grid()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -57,7 +63,7 @@ def bench(
             done = run(
                 checkpoint,
                 policy,
-                recipes=() if skip_finetuning else None,
+                recipes=() if skip_finetuning else recipes,
                 only=only or (),
                 sample=sample,
                 files=Files(json, markdown, plot),

@@ -120,7 +120,8 @@ def test_the_table_contains_every_method(results: Path) -> None:
     raw = json.loads((results / "bench.json").read_text())
     names = [row["name"] for row in raw["rows"]]
     expected = ["unedited", *(f"joint {mode}" for mode in bench_rows.MODES)]
-    expected += ["joint next-best, mlp", "joint next-best, mlp+attention", "per-text next-best, at once"]
+    expected += ["joint next-best, mlp", "joint next-best, mlp+attention", "joint like controls"]
+    expected += ["per-text next-best, at once"]
     assert names[: len(expected)] == expected
     assert [row["family"] for row in raw["rows"] if row["kind"] == "fine-tuning"] == [
         "npo",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memscrub import finetune, finetune_losses
 from memscrub.errors import NumericalError, UsageError
-from memscrub.finetune import Method, Recipe, grid, restored, rounded, tune
+from memscrub.finetune import Method, Recipe, grid, large_grid, restored, rounded, tune
 from memscrub.finetune_losses import (
     ForgetTerm,
     KeepTerm,
@@ -390,6 +390,9 @@ def test_steps_that_do_not_ascend_are_refused(steps: tuple[int, ...]) -> None:
 
 
 def test_the_grid_has_every_method_under_names_that_tell_its_settings_apart() -> None:
-    assert {one.method for one in grid()} == set(Method)
-    assert len({one.name for one in grid()}) == len(grid())
-    assert len({(one.method, one.learning_rate, one.keep_weight) for one in grid()}) == len(grid())
+    for recipes in (grid(), large_grid()):
+        assert {one.method for one in recipes} == set(Method)
+        assert len({one.name for one in recipes}) == len(recipes)
+        settings = {(one.method, one.learning_rate, one.keep_weight, one.keep_starts) for one in recipes}
+        assert len(settings) == len(recipes)
+    assert {one.name for one in grid()} <= {one.name for one in large_grid()}
