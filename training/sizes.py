@@ -72,10 +72,10 @@ BENCH = Size(
     records=(200, 16, 40),
     statistics_characters=600_000,
     byte_limit=32_000_000,
-    epochs=1.3,
-    exposures=32,
+    epochs=0.6,
+    exposures=50,
     learning_rate=3e-3,
-    tokens_per_step=3072,
+    tokens_per_step=1536,
     planted_length=120,
 )
 
