@@ -15,10 +15,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memscrub-installed
 PYTEST_FLAGS ?= -q
+FUZZ_INPUTS ?= 1000000
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: test demo lint types imports pytest format bench wheel clean help
+.PHONY: test demo lint types imports pytest fuzz format bench wheel clean help
 
 test: lint types imports pytest  ## everything CI checks
 
@@ -36,6 +37,10 @@ imports: $(STAMP)  ## the layers of pyproject.toml
 
 pytest: $(STAMP)  ## the tests alone; PYTEST_FLAGS="-q -n 2" runs two at a time
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+fuzz: $(STAMP)  ## a million inputs for the parsers of untrusted files, watched by Atheris (about an hour)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS)
 
 format: $(STAMP)  ## sort imports, fix what ruff can fix, format
 	$(BIN)/ruff check --fix .

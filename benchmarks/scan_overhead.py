@@ -36,7 +36,8 @@ from memscrub.model import LoadedModel, load_model
 from memscrub.passes import shared_prefix_forced, teacher_forced
 from memscrub.policy import Policy, parse_policy
 from memscrub.protected import ProtectedText
-from memscrub.records import judged, text_records
+from memscrub.records import text_records
+from memscrub.standing import judged
 from memscrub.tokens import TokenText, batches, pad, tokenize
 from memscrub.verdict import decide
 

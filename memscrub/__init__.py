@@ -8,6 +8,7 @@
     fixed = memscrub.fix("checkpoint/", "policy.toml", "scrubbed/", sign=memscrub.Signing(Path("key.pem")))
     gated = memscrub.gate("scrubbed/", "policy.toml", key="pub.pem")
     memscrub.verify("scrubbed/", "pub.pem")                     # signature and digests, offline
+    memscrub.check_edit("scrubbed/", "checkpoint/")             # nothing but the stated edit differs
 
 These return the same frozen report objects that the command line prints. Nothing is imported before it is
 used, so that `import memscrub` does not load torch.
@@ -20,6 +21,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memscrub.edit_ledger import check_edit as check_edit
     from memscrub.gating import Gated as Gated
     from memscrub.gating import gate as gate
     from memscrub.policy import Policy as Policy
@@ -40,6 +42,7 @@ _HOMES = {
     "Policy": ("memscrub.policy", "Policy"),
     "Report": ("memscrub.report", "Report"),
     "Signing": ("memscrub.scrub", "Signing"),
+    "check_edit": ("memscrub.edit_ledger", "check_edit"),
     "fix": ("memscrub.scrub", "fix"),
     "gate": ("memscrub.gating", "gate"),
     "load_policy": ("memscrub.policy", "load_policy"),
@@ -55,6 +58,7 @@ __all__ = [
     "Report",
     "Signing",
     "__version__",
+    "check_edit",
     "fix",
     "gate",
     "load_policy",

@@ -55,14 +55,39 @@ class Layout(Enum):
 class Variant:
     """A value of an entry of `config.json` for which a family differs from its row.
 
-    Such a checkpoint has the queries of its fused projection in `layout`; with None it is refused for `reason`.
+    Such a checkpoint has the queries of its fused projection in `layout`, or computes them in the module `query`;
+    without either it is refused for `reason`.
     """
 
     entry: str
-    value: bool
-    default: bool  # what transformers takes where config.json lacks the entry
+    value: bool | None
+    default: bool | int  # what transformers takes where config.json lacks the entry
     layout: Layout | None = None
     reason: str = ""
+    query: str | None = None
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether this `config.json` has that value."""
+        value = config.get(self.entry, self.default)
+        return (self.default if value is None and self.value is not None else value) == self.value
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the routed experts of a mixture-of-experts block are.
+
+    `path` is the module, below a block, whose parameters `gate_up_proj` and `down_proj` hold the matrices of all
+    experts; `down_proj` is `[experts, d, f]` in orientation COLUMNS and `[experts, f, d]` in ROWS. `shared` is the
+    output projection of what every token passes through besides. `stored` are the ends of the names that
+    `down_proj` has on disk, below a block: one tensor for each `{expert}`, or one for all.
+    """
+
+    path: str
+    stored: tuple[str, ...]
+    shared: str | None = None
+    orientation: Orientation = Orientation.COLUMNS
+    shared_gate: str | None = None  # what the shared write is multiplied with is the sigmoid of this module's output
+    weighs_inputs: bool = False  # the router's weight multiplies what enters an expert, not what leaves it
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,7 @@ class Family:
     `norm`, `after_mlp` and `multiplier` say how what an MLP writes reaches the logits: the norm before the
     unembedding, an RMSNorm between the MLP's output projection and the residual stream (path below a block), and
     the entry of `config.json` that this write is multiplied with. Of the `variants` the first that fits counts.
+    A family with `experts` has in each block either those or the dense `mlp`.
     """
 
     model_type: str
@@ -85,6 +111,7 @@ class Family:
     after_mlp: Norm | None = None
     multiplier: str | None = None
     variants: tuple[Variant, ...] = ()
+    experts: Experts | None = None
 
 
 # Llama in everything that this table knows; more of them with other norms stand below.
@@ -112,7 +139,59 @@ def _llama_style(name: str, norm: Norm = _RMS, after_mlp: Norm | None = None, mu
     )
 
 
+# One tensor for each expert on disk (transformers fuses them), or fused as in memory.
+_EACH_DOWN = ("mlp.experts.{expert}.down_proj.weight", "mlp.experts.down_proj")
+_EACH_W2 = ("block_sparse_moe.experts.{expert}.w2.weight", "mlp.experts.down_proj")
+
+
+def _mixture(
+    name: str, stored: tuple[str, ...] = _EACH_DOWN, shared: str | None = None, gate: str | None = None
+) -> Family:
+    return replace(_llama_style(name), experts=Experts("mlp.experts", stored, shared, shared_gate=gate))
+
+
+_MIXTURES = (
+    _mixture("mixtral", _EACH_W2),
+    *(_mixture(name) for name in ("qwen3_moe", "olmoe")),
+    replace(_mixture("flex_olmo"), after_mlp=Norm(_AFTER_MLP)),
+    _mixture("qwen2_moe", shared="mlp.shared_expert.down_proj", gate="mlp.shared_expert_gate"),
+    _mixture("hunyuan_v1_moe", shared="mlp.shared_mlp.down_proj"),
+    *(
+        _mixture(name, shared="mlp.shared_experts.down_proj")
+        for name in ("dots1", "glm4_moe", "exaone_moe", "ernie4_5_moe")
+    ),
+    *(
+        replace(
+            _mixture(name, shared="mlp.shared_experts.down_proj"),
+            query="self_attn.q_b_proj",
+            variants=(Variant("q_lora_rank", None, 1536, query="self_attn.q_proj"),),
+        )
+        for name in ("deepseek_v2", "deepseek_v3")
+    ),
+    replace(_mixture("phimoe", _EACH_W2), norm=_LAYER_NORM),
+    replace(
+        _llama_style("granitemoe", multiplier="residual_multiplier"),
+        experts=Experts("block_sparse_moe.experts", ("block_sparse_moe.output_linear.weight",)),
+    ),
+    replace(
+        _llama_style("gpt_oss"),
+        experts=Experts("mlp.experts", ("mlp.experts.down_proj",), orientation=Orientation.ROWS),
+    ),
+    replace(
+        _llama_style("llama4_text"),
+        mlp="feed_forward.down_proj",
+        experts=Experts(
+            "feed_forward.experts",
+            ("feed_forward.experts.down_proj",),
+            "feed_forward.shared_expert.down_proj",
+            Orientation.ROWS,
+            weighs_inputs=True,
+        ),
+    ),
+)
+
 _ROWS = (
+    *_MIXTURES,
     *(_llama_style(name) for name in _LLAMA_STYLE),
     replace(_llama_style("phi3"), query="self_attn.qkv_proj", layout=Layout.FIRST),
     _llama_style("olmo", Norm("model.norm", Gain.NONE, centred=True)),
@@ -211,6 +290,15 @@ _ROWS = (
         norm=_LN_F,
         variants=(Variant("multi_query", False, True, Layout.PER_HEAD),),
     ),
+    Family(
+        "mpt",
+        "transformer.blocks",
+        "ffn.down_proj",
+        "attn.out_proj",
+        "attn.Wqkv",
+        Layout.FIRST,
+        norm=Norm("transformer.norm_f", centred=True),
+    ),
     Family("gptj", "transformer.h", "mlp.fc_out", "attn.out_proj", "attn.q_proj", norm=_LN_F),
     Family("gpt_neo", "transformer.h", "mlp.c_proj", "attn.attention.out_proj", "attn.attention.q_proj", norm=_LN_F),
     Family(
@@ -243,10 +331,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[model_type]
     for variant in family.variants:
-        value = config.get(variant.entry)
-        if (variant.default if value is None else value) == variant.value:
-            if variant.layout is None:
+        if variant.fits(config):
+            if variant.layout is None and variant.query is None:
                 setting = f"'{variant.entry}' {str(variant.value).lower()} in config.json"
                 raise ArchitectureError(f"memscrub cannot edit '{model_type}' with {setting}: {variant.reason}.")
-            return replace(family, layout=variant.layout)
+            return replace(family, layout=variant.layout or family.layout, query=variant.query or family.query)
     return family

@@ -25,8 +25,8 @@ from memscrub.files import tree_digest
 from memscrub.finetune import Recipe, grid
 from memscrub.measure import Progress, silent
 from memscrub.policy import Policy
-from memscrub.records import timestamp
 from memscrub.scanning import Inputs, open_inputs
+from memscrub.standing import timestamp
 from memscrub.writing import disk_errors
 
 
@@ -70,7 +70,7 @@ def bench(
     files.check()
     if sample < 1:
         raise UsageError("the sample must have at least 1 text.")
-    inputs = open_inputs(checkpoint, policy, device=device, dtype="float32", seed=seed)
+    inputs = open_inputs(checkpoint, policy, device=device, dtype="float32", seed=seed, lean=False)
     recipes = grid() if recipes is None else recipes
     wanted = _Wanted(tuple(only))
     wanted.check(_names(inputs, recipes))

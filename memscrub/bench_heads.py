@@ -6,7 +6,7 @@ Knows the model through `trace`, neither policies nor what an edit costs ordinar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def by_closed_form(heads: HeadEdit, text: TokenText, begin: int) -> None:
 def restricted(metric: Metric, columns: Sequence[int]) -> Metric:
     """The metric for an edit of these output vectors only."""
     rows = metric.inputs[list(columns)]
-    return Metric(torch.linalg.cholesky(rows @ rows.T), metric.outputs)
+    return replace(metric, inputs=torch.linalg.cholesky(rows @ rows.T))
 
 
 def _linearised(heads: HeadEdit, text: TokenText, begin: int) -> tuple[float, list[Linearised]]:
@@ -94,7 +94,7 @@ def _linearised(heads: HeadEdit, text: TokenText, begin: int) -> tuple[float, li
         others = logits.detach().clone()
         others[target] = -torch.inf
         gap = logits[target] - logits[int(others.argmax())]
-        gradients = torch.autograd.grad(gap, trace.writes)
+        gradients = trace.gradients(gap)
     return float(gap.detach()), [
         Linearised(_at(activation, begin - 1), _at(gradient, begin - 1))
         for activation, gradient in zip(trace.activations, gradients, strict=True)

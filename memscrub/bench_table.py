@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memscrub.report import plain
+from memscrub.json_values import plain
 
 SCHEMA = 1
 # A log-probability this low says that a window cannot be sampled at all (`extraction.IMPOSSIBLE`).

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from memscrub.disturbance import Metric
 from memscrub.editable import EditableModel
+from memscrub.originals import all_but
 from memscrub.tokens import batches
-from memscrub.trace import weights_swapped
+from memscrub.trace import by_module, weights_swapped
 
 # A factor further from one than this says that the edit is beyond second order, not that the price is wrong.
 LEAST, MOST = 0.2, 10.0
@@ -26,24 +27,29 @@ def price_factors(
 ) -> list[float]:
     """Measured KL over predicted KL for each site's part of the live edit alone, within `LEAST` and `MOST`.
 
-    `rows` `[rows, width]` is ordinary text. One for a site that the edit leaves alone.
+    `rows` `[rows, width]` is ordinary text. One for a site that the edit leaves alone. The experts of one block are
+    measured together: each alone sees too little text, and a pass for each would take long.
     """
     loaded = editable.loaded
-    measured = [0.0] * len(editable.sites)
+    modules = by_module(editable.sites)
+    measured = dict.fromkeys(modules, 0.0)
     budget = loaded.batch_tokens(batch_tokens, gradients=True)
     with torch.inference_mode():
         for batch in batches([rows.shape[1]] * len(rows), budget):
             ids = rows[batch].to(loaded.device)
             with weights_swapped(loaded, editable.originals):
                 before = loaded.logits(ids)[:, :-1].log_softmax(-1)
-            for index, site in enumerate(editable.sites):
-                others = {name: value for name, value in editable.originals.items() if name != site.tensor}
-                with weights_swapped(loaded, others):
+            for module, indices in modules.items():
+                own = {editable.sites[index].tensor for index in indices}
+                with weights_swapped(loaded, all_but(editable.originals, own)):
                     after = loaded.logits(ids)[:, :-1].log_softmax(-1)
-                measured[index] += float((before.exp() * (before - after)).sum())
+                measured[module] += float((before.exp() * (before - after)).sum())
     count = max(1, rows[:, 1:].numel())
-    factors = []
-    for site, metric, delta, total in zip(editable.sites, metrics, editable.deltas, measured, strict=True):
-        predicted = metric.price(site.part(delta))
-        factors.append(min(max(total / count / predicted, LEAST), MOST) if predicted > 0 else 1.0)
+    factors = [1.0] * len(editable.sites)
+    for module, indices in modules.items():
+        predicted = sum(editable.price(n, metrics[n]) for n in indices)
+        if predicted > 0:
+            factor = min(max(measured[module] / count / predicted, LEAST), MOST)
+            for index in indices:
+                factors[index] = factor
     return factors

@@ -7,19 +7,14 @@ limits stay. Changes no limit of other classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from memscrub.control_limits import filled
 from memscrub.errors import PolicyError
-from memscrub.judgement import Measures
 from memscrub.measure import measure
 from memscrub.model import LoadedModel
 from memscrub.policy import Policy
-from memscrub.policy_sections import ClassLimits
 from memscrub.tokens import TokenText
-
-# Less likely than this is as good as never; solving for less would spend room on nothing.
-NEVER = 1e-6
 
 
 def with_ceilings(loaded: LoadedModel, policy: Policy, controls: Sequence[TokenText]) -> Policy:
@@ -44,20 +39,5 @@ def with_ceilings(loaded: LoadedModel, policy: Policy, controls: Sequence[TokenT
     found = dict(policy.classes)
     for name in asked:
         own = [each for text, each in zip(texts, measures, strict=True) if text.class_name == name]
-        found[name] = _filled(policy.classes[name], own)
+        found[name] = filled(policy.classes[name], own)
     return policy.model_copy(update={"classes": found})
-
-
-def _filled(limits: ClassLimits, controls: Sequence[Measures]) -> ClassLimits:
-    near = [each.near_verbatim for each in controls if each.near_verbatim is not None]
-    if limits.secret:
-        likely = [secret.log_probability for each in controls for secret in each.secrets]
-    else:
-        likely = [each.window_log_probability for each in controls if each.window_log_probability is not None]
-    update: dict[str, float] = {}
-    if near:
-        update["max_near_verbatim"] = min(max(near), limits.max_near_verbatim or 1.0)
-    if likely:
-        chance = min(max(math.exp(max(likely)), NEVER), limits.max_sampling_probability or 1.0)
-        update["max_sampling_probability"] = chance
-    return limits.model_copy(update=update)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from memscrub.errors import CheckpointError
 from memscrub.files import cache_link_roots, digest_names, is_safe_name, list_files, strict_json, tree_digest
+from memscrub.hub import download, parse_hub_id
+from memscrub.quantized import refuse_quantized
 from memscrub.safetensors_header import TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -26,23 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "TensorInfo", "digest_files", "open_checkpoint", "read_tensor", "tree_digest"]
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+MAX_JSON = 1 << 25
+"""Bytes of config.json or of the index; the largest indices published so far have half of that."""
 
 SKIPPED_DIRECTORIES = frozenset({".git", ".cache"})
 """Version control and download bookkeeping, not the checkpoint; `.git` may hold all weights a second time."""
 
-_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-_HUB_FILES = [
-    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*",
-    "NOTICE*",
-]  # fmt: skip
-_HUB_IGNORED = ["*.bin", "*.pt", "*.py", "original/*", "onnx/*"]
-
-_CONVERT = (
-    "where you trust its source, convert it with "
-    "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` and use NEW"
-)
+_FROM = "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+_CONVERT = f'python -c "{_FROM}[c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for c in (M, T)]"'
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,23 @@ class Checkpoint:
         return tuple(sorted(set(self.weight_map.values())))
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoint:
     """Open a local directory, a Hugging Face cache snapshot, or a hub id `owner/name[@revision]`.
 
     A hub id is looked up only where no such path exists; only safetensors, JSON and tokenizer files are
-    fetched. Messages name the file at fault and what to do about it.
+    fetched. Messages name the file at fault and what to do about it. `quantized` opens quantized weights too,
+    which only `dequantize` can use.
 
     Raises:
         CheckpointError: not found, not safetensors, quantized, malformed, or with links that lead out of it.
+        IncompleteError: the hub did not answer.
     """
     root = _locate(source)
     links = (root, *cache_link_roots(root))
     files = list_files(root, error=CheckpointError, link_roots=links, skip=SKIPPED_DIRECTORIES)
-    config = _read_config(root, files)
+    config = _read_config(root, files, str(source))
+    if not quantized:
+        refuse_quantized(config, shlex.quote(str(source)))
     shards, index = _find_shards(root, files)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -89,6 +91,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         _check_index(index, tensors)
     if not tensors:
         raise CheckpointError(f"{root} holds no tensors; save the checkpoint again.")
+    if not quantized:
+        _refuse_narrow(tensors)
     return Checkpoint(root, files, {name: info.shard for name, info in tensors.items()}, config, tensors)
 
 
@@ -103,50 +107,16 @@ def _locate(source: str | Path) -> Path:
         raise CheckpointError(f"{source} cannot be opened: {problem}.") from problem
     if exists:
         raise CheckpointError(f"{source} is not a directory; name the directory that holds {CONFIG}.")
-    match = _HUB_ID.fullmatch(str(source))
-    if match is None:
+    hub = parse_hub_id(str(source))
+    if hub is None:
         raise CheckpointError(f"{source} does not exist; name a checkpoint directory or a hub id owner/name.")
-    return _download(match["id"], match["revision"])
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """The cache snapshot of a hub model, from the network or, offline, from what is already there."""
-    from huggingface_hub import (
-        errors,
-        snapshot_download,
-    )  # only where a hub id is given: half a second to import
-
-    # The hub raises the error of whichever HTTP client it was built on, and re-exports it under this name.
-    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    try:
-        snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-        )
-    except errors.GatedRepoError:
-        raise CheckpointError(
-            f"{repo_id} is gated on the hub; accept its terms and log in with `hf auth login`."
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-        wanted = f"{repo_id}@{revision}" if revision else repo_id
-        raise CheckpointError(
-            f"{wanted} is neither a local directory nor a model on the hub; check the name."
-        ) from None
-    except (
-        http_error,
-        errors.RevisionResolutionError,
-        errors.XetDownloadError,
-        OSError,
-        ValueError,
-    ) as problem:
-        raise CheckpointError(
-            f"{repo_id} is not a local directory and could not be fetched from the hub "
-            f"({type(problem).__name__}); check the network, or download it first and name its directory."
-        ) from problem
-    return Path(snapshot).resolve(strict=True)
+    return download(*hub, single=SINGLE, index=INDEX)
 
 
 def _read_object(root: Path, name: str) -> dict[str, Any]:
     try:
+        if (root / name).stat().st_size > MAX_JSON:  # a sparse file of any size is quickly made
+            raise CheckpointError(f"{name} is larger than {MAX_JSON >> 20} MiB; download or save it again.")
         value = strict_json((root / name).read_bytes())
     except OSError as problem:
         raise CheckpointError(f"{name} cannot be read: {problem.strerror}.") from problem
@@ -157,21 +127,41 @@ def _read_object(root: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_config(root: Path, files: tuple[str, ...]) -> dict[str, Any]:
-    """The parsed config.json of an unquantized checkpoint."""
+def _read_config(root: Path, files: tuple[str, ...], source: str) -> dict[str, Any]:
+    """The parsed config.json."""
     if any(name.endswith(".gguf") for name in files) and SINGLE not in files and INDEX not in files:
         raise CheckpointError(f"{root} holds GGUF weights; use the safetensors checkpoint they were made from.")
-    if CONFIG not in files:
-        if "adapter_config.json" in files:
-            raise CheckpointError(f"{root} is an adapter; merge it with `merge_and_unload()` and use the result.")
-        raise CheckpointError(f"{root} has no {CONFIG}; name the directory of a Hugging Face checkpoint.")
-    config = _read_object(root, CONFIG)
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        known = method if isinstance(method, str) else "an unnamed method"
-        raise CheckpointError(f"The weights are quantized ({known:.40}); fix the original and quantize the result.")
-    return config
+    if CONFIG in files:
+        if ADAPTER in files:
+            # With PEFT installed, transformers loads the base that the adapter names, from wherever that is.
+            raise CheckpointError(
+                f"{root} holds both {CONFIG} and {ADAPTER}, and readers differ in what they load; move the adapter to a"
+                " directory of its own."
+            )
+        return _read_object(root, CONFIG)
+    if ADAPTER in files:
+        raise _adapter_advice(root, shlex.quote(source))
+    raise CheckpointError(f"{root} has no {CONFIG}; name the directory of a Hugging Face checkpoint.")
+
+
+def _adapter_advice(root: Path, where: str) -> CheckpointError:
+    """What to do with an adapter; the base it names is a stranger's text, shown only where it is a plain name."""
+    base = _read_object(root, ADAPTER).get("base_model_name_or_path")
+    known = base if isinstance(base, str) and re.fullmatch(r"[\w./@-]{1,100}", base, re.ASCII) else "BASE"
+    return CheckpointError(
+        f"{where} is an adapter and not a whole checkpoint; scan it with `memscrub scan {known} --adapter {where}`, or"
+        f" write the whole with `memscrub merge {known} --adapter {where} --out NEW` and use NEW."
+    )
+
+
+def _refuse_narrow(tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse weights of 8 bits or fewer that config.json does not call quantized: without scales they mean nothing."""
+    for name, info in tensors.items():
+        if info.dtype.startswith(("F8_", "F6_")) or info.dtype == "F4":
+            raise CheckpointError(
+                f"The tensor {name!r} is stored as {info.dtype}, but config.json names no quantization_config; download"
+                " the checkpoint again, or use the original that it was made from."
+            )
 
 
 def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -183,7 +173,15 @@ def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], d
         return (SINGLE,), None
     if INDEX not in files:
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
-            raise CheckpointError(f"{root} holds pickled weights only, which memscrub never loads; {_CONVERT}.")
+            raise CheckpointError(
+                f"{root} holds pickled weights only, which memscrub never loads; where you trust its source, convert it"
+                f" with this and use NEW: {_CONVERT} {shlex.quote(str(root))} NEW"
+            )
+        if any(name.endswith((".h5", ".msgpack")) for name in files):
+            raise CheckpointError(
+                f"{root} holds TensorFlow or Flax weights only; load them with `from_tf=True` or `from_flax=True` in"
+                " transformers 4, save them with `save_pretrained` and use the result."
+            )
         raise CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
     index = _read_object(root, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
@@ -193,7 +191,7 @@ def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], d
         if not is_safe_name(shard) or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX} names {shard[:200]!r}, which is no safetensors file of this directory.")
         if shard not in present:
-            raise CheckpointError(f"{INDEX} names {shard}, which is missing; download the checkpoint again.")
+            raise CheckpointError(f"{INDEX} names {shard[:200]}, which is missing; download the checkpoint again.")
     return tuple(sorted(set(index.values()))), index
 
 

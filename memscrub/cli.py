@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from memscrub import bench_command, init_command, mine_command, patch_command, scan_command
-from memscrub.cli_options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    Directory,
-    Dtype,
-    PolicyFile,
-    PublicKey,
-    Quiet,
-    ReportFile,
-    Seed,
+from memscrub import (
+    bench_command,
+    fix_command,
+    gate_command,
+    init_command,
+    mine_command,
+    patch_command,
+    policy_command,
+    prepare_command,
+    report_command,
+    scan_command,
+    verify_command,
 )
-from memscrub.cli_output import check_report_file, deliver, progress_shown, say, say_written
-from memscrub.errors import ExitCode, IncompleteError, MemscrubError, UsageError
+from memscrub.cli_options import Device, Seed
+from memscrub.cli_output import progress_shown
+from memscrub.errors import ExitCode, IncompleteError, MemscrubError, printable
+from memscrub.interrupts import catch_signals
 
 app = typer.Typer(
     name="memscrub",
@@ -47,52 +47,50 @@ app = typer.Typer(
 # The base of typer's usage errors: click's own class or, in typer from 0.26 on, the copy that typer carries.
 _USAGE_MISTAKE: type[Any] = typer.BadParameter.__bases__[0]
 
-PASSWORD = "MEMSCRUB_KEY_PASSWORD"
 _NO_MEMORY = "out of memory; lower [probe] batch_tokens or use a larger machine."
 
 
 def main() -> None:
     """Entry point: turns our errors into one sentence and their exit code; never 0 on an interrupt."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, _terminate)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    catch_signals()
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except MemscrubError as error:
-        errors.print(f"memscrub: {error}", markup=False)
-        sys.exit(int(error.exit_code))
+        _end(str(error), error.exit_code)
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("memscrub: interrupted; nothing was written.", markup=False)
-        sys.exit(int(ExitCode.INCOMPLETE))
+        _end("interrupted; nothing was written.", ExitCode.INCOMPLETE)
     except MemoryError:
-        errors.print(f"memscrub: {_NO_MEMORY}", markup=False)
-        sys.exit(int(ExitCode.INCOMPLETE))
+        _end(_NO_MEMORY, ExitCode.INCOMPLETE)
     except BrokenPipeError:
         # The reader of our output is gone (`| head`): there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(int(ExitCode.INCOMPLETE))
     except OSError as error:
-        errors.print(f"memscrub: {error.filename or 'a file'}: {error.strerror or error}.", markup=False)
-        sys.exit(int(ExitCode.USAGE if error.errno == errno.ENAMETOOLONG else ExitCode.INCOMPLETE))
+        code = ExitCode.USAGE if error.errno == errno.ENAMETOOLONG else ExitCode.INCOMPLETE
+        _end(f"{error.filename or 'a file'}: {error.strerror or error}.", code)
     except RuntimeError as error:
         from memscrub.passes import out_of_memory
 
         if not out_of_memory(error):
             raise
-        errors.print(f"memscrub: {_NO_MEMORY}", markup=False)
-        sys.exit(int(ExitCode.INCOMPLETE))
+        _end(_NO_MEMORY, ExitCode.INCOMPLETE)
     except _USAGE_MISTAKE as error:
         error.show()
         sys.exit(int(ExitCode.USAGE))
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    # Not KeyboardInterrupt: typer would turn that into its own exit code.
-    raise IncompleteError("interrupted; nothing was written.")
+def _end(sentence: str, code: ExitCode) -> NoReturn:
+    # Not rich, which turns a broken pipe into exit 1: after a hang-up there may be no terminal left to tell.
+    try:
+        sys.stderr.write(f"memscrub: {printable(sentence)}\n")
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    sys.exit(int(code))
 
 
 @app.callback(invoke_without_command=True)
@@ -111,115 +109,13 @@ scan = app.command("scan")(scan_command.scan)
 mine = app.command("mine")(mine_command.mine)
 
 
-@app.command()
-def fix(
-    checkpoint: Checkpoint,
-    policy: PolicyFile,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist yet.")],
-    sign: Annotated[Optional[Path], typer.Option("--sign", help="Private key (PEM) to sign with.")] = None,  # noqa: UP045
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output directory.")] = False,
-    keep_partial: Annotated[
-        bool, typer.Option("--keep-partial", help="Write the directory even if the policy is not reached.")
-    ] = False,
-    patch: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--patch", help="Write the edit as a patch file too; it undoes the edit, so keep it apart."),
-    ] = None,
-    stats: Annotated[Optional[Path], typer.Option("--stats", help="Keep the retain statistics in this file.")] = None,  # noqa: UP045
-    utility: Annotated[
-        Optional[str], typer.Option("--utility", help="lm-eval:TASK[,TASK] to run before and after.")  # noqa: UP045
-    ] = None,
-    report: ReportFile = None,
-    json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-) -> None:
-    """Edit the texts out, re-measure the written bytes, sign. Exit 0: within the policy, 4: out of reach."""
-    check_report_file(report)
-    from memscrub.scrub import Signing
-    from memscrub.scrub import fix as run
-    from memscrub.utility import tasks_of
-
-    signing = None if sign is None else Signing(sign, os.environ.get(PASSWORD))
-    with progress_shown(quiet) as progress:
-        fixed = run(
-            checkpoint,
-            policy,
-            out,
-            sign=signing,
-            overwrite=overwrite,
-            keep_partial=keep_partial,
-            patch=patch,
-            statistics=stats,
-            utility=None if utility is None else tasks_of(utility),
-            device=device,
-            seed=seed,
-            progress=progress,
-        )
-    deliver(fixed.report, report, as_json=json, quiet=quiet)
-    if not quiet:
-        say_written(fixed, f"nothing was written to {out}; --keep-partial writes it all the same.")
-    raise typer.Exit(fixed.report.verdict.exit_code)
+fix = app.command("fix")(fix_command.fix)
+gate = app.command("gate")(gate_command.gate)
+policy = app.command("policy")(policy_command.policy)
 
 
-@app.command()
-def gate(
-    directory: Directory,
-    policy: PolicyFile,
-    key: PublicKey = None,
-    report: ReportFile = None,
-    json: AsJson = False,
-    quiet: Quiet = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """CI verdict on a directory: signature, then measures. Exit 0: pass, 1: violated, 5: signature invalid."""
-    check_report_file(report)
-    from memscrub.gating import gate as run
-
-    with progress_shown(quiet) as progress:
-        gated = run(directory, policy, key=key, device=device, dtype=dtype, seed=seed, progress=progress)
-    deliver(gated.report, report, as_json=json, quiet=quiet)
-    if not quiet:
-        if gated.verification is not None:
-            say(f"signature good: key {gated.verification.key_id}")
-        for remark in gated.remarks:
-            say(remark)
-    raise typer.Exit(gated.report.verdict.exit_code)
-
-
-@app.command()
-def verify(
-    directory: Directory,
-    key: Annotated[Path, typer.Option("--key", help="Public key (PEM) to verify with.")],
-    quiet: Quiet = False,
-) -> None:
-    """Check signature, digests and file list of a signed directory, offline. Exit 0: good, 5: not."""
-    from memscrub.signing import verify_directory
-
-    found = verify_directory(directory, key)
-    if not quiet:
-        typer.echo(f"signature good: {len(found.files)} files, key {found.key_id}")
-        typer.echo(f"checkpoint digest sha256:{found.root_digest}")
-        typer.echo(f"signed result: {found.result or 'no report'}")
-
-
-@app.command()
-def keygen(
-    private: Annotated[Path, typer.Argument(help="File for the private key.")] = Path("key.pem"),
-    public: Annotated[Path, typer.Argument(help="File for the public key.")] = Path("key.pub.pem"),
-    kind: Annotated[str, typer.Option("--kind", help="ec-p256 or ed25519.")] = "ec-p256",
-) -> None:
-    """Make a key pair for signing; MEMSCRUB_KEY_PASSWORD encrypts the private key."""
-    from memscrub.keys import generate_keypair
-
-    if kind not in ("ec-p256", "ed25519"):
-        raise UsageError(f"the kind of key '{kind}' is not known; use ec-p256 or ed25519.")
-    chosen = "ec-p256" if kind == "ec-p256" else "ed25519"
-    generate_keypair(private, public, kind=chosen, password=os.environ.get(PASSWORD))  # type: ignore[arg-type]
-    typer.echo(f"wrote {private} (keep it secret) and {public} (hand it to whoever verifies)")
+verify = app.command("verify")(verify_command.verify)
+keygen = app.command("keygen")(verify_command.keygen)
 
 
 @app.command()
@@ -273,3 +169,6 @@ bench = app.command("bench")(bench_command.bench)
 diff = app.command("diff")(patch_command.diff)
 apply = app.command("apply")(patch_command.apply)
 revert = app.command("revert")(patch_command.revert)
+report = app.command("report")(report_command.report)
+dequantize = app.command("dequantize")(prepare_command.dequantize)
+merge = app.command("merge")(prepare_command.merge)

@@ -5,8 +5,9 @@ Part of the command line; decides nothing.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,34 +15,69 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from memscrub.errors import UsageError
+from memscrub.page_output import Page, write_page
 
 if TYPE_CHECKING:
     from memscrub.measure import Progress
     from memscrub.report import Report
+    from memscrub.run_log import RunLog
     from memscrub.scrub import Fixed
 
 
 @contextmanager
-def progress_shown(quiet: bool) -> Iterator[Progress]:
+def progress_shown(quiet: bool, log: RunLog | None = None) -> Iterator[Progress]:
+    """How far a run has got, on standard error and in its log."""
     from memscrub.progress import shown
 
     with shown(Console(stderr=True), quiet=quiet) as progress:
-        yield progress
+
+        def both(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            if log is not None:
+                log.stage(stage, done, total)
+
+        yield both
 
 
-def deliver(report: Report, file: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """Write the report before anything is printed: a broken pipe must not cost it."""
+def remarks(quiet: bool, log: RunLog) -> Callable[[str], None]:
+    """What is done with a use case's remarks: logged, and shown unless quiet."""
+
+    def remark(sentence: str) -> None:
+        log.remark(sentence)
+        if not quiet:
+            say(sentence)
+
+    return remark
+
+
+def deliver(report: Report, file: Path | None, *, as_json: bool, quiet: bool, page: Page | None = None) -> None:
+    """Write the report, and its page if asked for, before anything is printed: a broken pipe must not cost them."""
     if file is not None:
-        from memscrub.writing import disk_errors
-
-        with disk_errors(file):
-            file.write_text(report.to_json(), encoding="utf-8")
+        write_report(report, file)
+    if page is not None:
+        with progress_shown(quiet) as progress:
+            write_page(report, page, progress)
     if as_json:
         sys.stdout.write(report.to_json())
     elif not quiet:
         from memscrub.console import show_report
 
         show_report(Console(), report)
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Write the JSON report; another run's at the same place is replaced whole, never mixed with it."""
+    from memscrub.files import replacing
+    from memscrub.partial import disk_errors
+
+    with disk_errors(file):
+        if file.exists() and not file.is_file():  # a pipe or device is written to, never replaced
+            file.write_text(report.to_json(), encoding="utf-8")
+            return
+        with replacing(Path(os.path.realpath(file))) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.write(report.to_json())
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def check_report_file(file: Path | None) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from memscrub.faces.escaping import printable
 from memscrub.judgement import Measures, Status
 from memscrub.report import BenignRecord, LocalityRecord, NeighbourRecord, Report, ScoreRecord, TextRecord
 from memscrub.sentences import class_sentences, depth_sentences
@@ -31,6 +32,7 @@ _WORDS = {
 
 def show_report(console: Console, report: Report) -> None:
     """The whole report in a screenful: what was measured, by class, then locality, then the verdict."""
+    report = printable(report)  # ids and paths of a report from elsewhere may hold what a terminal obeys
     title = f"memscrub {report.kind}: {report.input.path}"
     console.print(Text(title, style="bold", overflow="fold"))
     foreign = "" if report.protected.foreign is None else f" of {report.protected.foreign}, not the policy's own"
@@ -67,10 +69,9 @@ def show_verdict(console: Console, report: Report) -> None:
     """The verdict and the sentences that decided it."""
     verdict = report.verdict
     line = Text(_WORDS[verdict.outcome], style=f"bold {_COLOURS[verdict.outcome]}")
-    line.append(
-        f"  {verdict.within} within, {verdict.violated} violated, {verdict.inconclusive} inconclusive",
-        style="default not bold",
-    )
+    counts = f"  {verdict.within} within, {verdict.violated} violated, {verdict.inconclusive} inconclusive"
+    excused = [f", {count} {word}" for count, word in ((verdict.waived, "waived"), (verdict.known, "known")) if count]
+    line.append("".join([counts, *excused]), style="default not bold")
     console.print(line)
     for reason in verdict.reasons:
         console.print(Text(f"  {reason}"))
@@ -111,7 +112,7 @@ def _sampled(measures: Sequence[Measures]) -> str:
     """The highest probability of sampling a window or a secret, for the class."""
     logs = [m.window_log_probability for m in measures if m.window_log_probability is not None and not m.secrets]
     logs += [secret.log_probability for m in measures for secret in m.secrets]
-    return "-" if not logs else f"{math.exp(max(logs)):.1e}"
+    return "-" if not logs else f"{math.exp(min(0.0, max(logs))):.1e}"
 
 
 def bar(part: int, whole: int) -> Text:

@@ -6,7 +6,7 @@ A text can be safe token by token and still come out with one word changed: this
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,23 +61,31 @@ def continue_greedily(
     *,
     batch_tokens: int = 8192,
     progress: Callable[[int], None] = lambda done: None,
+    known: Collection[int] = (),
+    heard: Callable[[Sequence[Continuation]], None] = lambda said: None,
 ) -> list[Continuation]:
     """Let the model go on from each opening, greedily, for as many tokens as are compared.
 
-    Only openings of equal length share a batch, so nothing is padded and every answer is what the model says.
+    Only openings of equal length share a batch, so nothing is padded and every answer is what the model says. A batch
+    whose openings are all `known` (by index) is passed over and not in what is returned: batches, and with them the
+    bits, are the same as without. `heard` is told of every batch as it comes.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, start in enumerate(starts):
         groups[len(start.given), len(start.truth)].append(index)
     said: dict[int, Continuation] = {}
+    done = 0
     for (given, length), members in sorted(groups.items()):
         size = max(1, batch_tokens // (given + length))
         for chunk in (members[i : i + size] for i in range(0, len(members), size)):
-            rows = _generate(loaded, [starts[i].given for i in chunk], length)
-            for index, row in zip(chunk, rows, strict=True):
-                said[index] = Continuation(starts[index], row, similarity(loaded, row, starts[index].truth))
-            progress(len(said))
-    return [said[i] for i in range(len(starts))]
+            done += len(chunk)
+            if not all(index in known for index in chunk):
+                rows = _generate(loaded, [starts[i].given for i in chunk], length)
+                for index, row in zip(chunk, rows, strict=True):
+                    said[index] = Continuation(starts[index], row, similarity(loaded, row, starts[index].truth))
+                heard([said[index] for index in chunk])
+            progress(done)
+    return [said[index] for index in sorted(said)]
 
 
 def similarity(loaded: LoadedModel, said: Sequence[int], truth: Sequence[int]) -> float:

@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import re
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from memscrub.errors import UsageError
+from memscrub.normal_form import nfc
 
 FORMATS = ".txt or .jsonl (each also .gz or .zst), or .parquet"
 PIECE = 2**16
 """New characters of a piece, about: 16,000 tokens of English, so that a piece is worth a few batches."""
-LONGEST_LINE = 2**28
-"""Characters of a JSON line, which has to be held whole; a longer one is counted as unreadable."""
+LONGEST_LINE = 2**24
+"""Characters of a JSON line, which has to be held whole, and may take 20 times as much when it is parsed; a longer one
+is counted as unreadable."""
 _CHUNK = 2**20
 # What Unicode text must not contain, and no protected list may: half characters (JSON can spell them) and NUL.
 _BROKEN = re.compile("[\ud800-\udfff\0]")
@@ -101,7 +102,7 @@ class _Tally:
         """NFC, without what no text may contain."""
         text, broken = _BROKEN.subn(_REPLACEMENT, text)
         self.replaced += broken
-        return unicodedata.normalize("NFC", text)
+        return nfc(text)
 
 
 def find_files(paths: Sequence[Path]) -> tuple[CorpusFile, ...]:
@@ -335,5 +336,5 @@ def _parquet(file: CorpusFile, column: str, tally: _Tally) -> Iterator[tuple[int
                     yield number, number, (tally.clean(text),)
     except (arrow.ArrowNotImplementedError, arrow.ArrowTypeError):
         raise _DamagedError(f"the column '{column}' does not hold texts; name another with --text-column") from None
-    except arrow.ArrowException:
+    except (arrow.ArrowException, UnicodeDecodeError):  # the names of columns are decoded by Python
         raise _DamagedError(f"it is not valid Parquet (from row {number + 1} on)") from None

@@ -28,6 +28,7 @@ NEEDED = (
 OPTIONAL = {
     "pyarrow": "protected texts in .parquet files",
     "model-signing": "checking memscrub's signatures with the OpenSSF tool",
+    "sigstore": "signing with an identity instead of a key",
 }
 
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from memscrub.breakpoints import Demand, Prices, TextState, extend, violations
 from memscrub.disturbance import Metric
-from memscrub.editable import EditableModel
+from memscrub.editable import Delta, EditableModel
 from memscrub.errors import NumericalError
 from memscrub.extraction import NOISE
 from memscrub.linearise import Linearisation, linearise, prices
@@ -63,7 +62,7 @@ class _Best:
 
     key: tuple[int, float]
     outcome: EditOutcome
-    deltas: list[Tensor]
+    deltas: list[Delta]
 
 
 @dataclass
@@ -111,9 +110,7 @@ class JointEdit:
 
     def cost(self) -> float:
         """The predicted disturbance 1/2 sum_l tr(F D C D^T) of the whole edit."""
-        editable = self.editable
-        triples = zip(editable.sites, editable.deltas, self.metrics, strict=True)
-        return sum(metric.price(site.part(delta)) for site, delta, metric in triples)
+        return sum(self.editable.price(index, metric) for index, metric in enumerate(self.metrics))
 
     def rehearse(self, rounds: int) -> None:
         """Take so many rounds without keeping the best state.
@@ -212,13 +209,10 @@ class JointEdit:
             change = site.part(editable.change(site))
             bounds = bounds + (1 - kept) * ((linear.gradients @ change) * linear.activations).sum(-1)
         self.last = least_disturbing_edit(found.sites, self.metrics, bounds)
-        deltas = []
-        for site, delta, left, right in zip(
-            editable.sites, editable.deltas, self.last.left, self.last.right, strict=True
-        ):
-            target = kept * delta + site.whole(left.T @ right, delta)
-            deltas.append(delta.lerp(target, share))
-        editable.apply(deltas)
+        pairs = zip(self.last.left, self.last.right, strict=True)
+        editable.apply(
+            [editable.stepped(n, left, right, kept=kept, share=share) for n, (left, right) in enumerate(pairs)]
+        )
 
 
 def step_of(number: int) -> tuple[float, float]:

@@ -5,13 +5,16 @@ What the solvers share is here: statistics of ordinary text, dtypes on disk, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from memscrub.block_statistics import measure_by_block
 from memscrub.checkpoint import digest_files
 from memscrub.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.edit import EditOutcome
@@ -20,8 +23,9 @@ from memscrub.errors import UsageError
 from memscrub.joint_editing import JointStages
 from memscrub.locality import START, RetainHalves
 from memscrub.measure import Progress, silent
-from memscrub.model import LoadedModel, name_on_disk
+from memscrub.model import DiskPlace, LoadedModel, place_on_disk
 from memscrub.one_by_one import edit_one_by_one, mlp_sites
+from memscrub.report_records import ExpertsRecord
 from memscrub.scanning import Inputs
 from memscrub.sites import Site
 from memscrub.statistics_file import metrics_from, statistics_key
@@ -30,40 +34,72 @@ from memscrub.tokens import prompted
 DISK_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass
-class Edit:
-    """An edit in memory, with what a report says of it. `names` maps each edited parameter to its name on disk.
+@dataclass(frozen=True)
+class EditMade:
+    """What a report says of an edit. `places`: where each `Site.tensor` is on disk.
 
-    `no_room`: the locality limits, on the solver's half, that kept texts from being edited.
+    `no_room`: the locality limits, on the solver's half, that kept texts from being edited. `experts`: what became of
+    each layer's routed experts.
     """
 
-    editable: EditableModel
+    sites: tuple[Site, ...] = field(repr=False)
     outcome: EditOutcome
     stages: tuple[str, ...]
     rounds: int
-    names: Mapping[str, str] = field(repr=False)
+    places: Mapping[str, DiskPlace] = field(repr=False)
     no_room: tuple[str, ...] = ()
+    experts: tuple[ExpertsRecord, ...] = ()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The edited tensors by their name on disk, as they will be stored; untouched ones are left out."""
-        found = {}
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit in memory: the model that carries it, and what a report says of it."""
+
+    editable: EditableModel
+    made: EditMade
+
+    def tensors(self) -> dict[str, Callable[[], Tensor]]:
+        """What makes the edited tensors, as they will be stored, by their name on disk; untouched ones are left out."""
+        found: dict[str, Callable[[], Tensor]] = {}
         for site in self.editable.sites:
-            live = self.editable.loaded.parameter(site)
-            if not torch.equal(live, self.editable.originals[site.tensor]):
-                found[self.names[site.tensor]] = live.to(self.editable.stored[site.name]).cpu()
+            live, place = self.editable.loaded.parameter(site), self.made.places[site.tensor]
+            if not torch.equal(live, self.editable.originals[site.tensor].to(live.device)):
+                if place.expert is not None:  # the stored tensor holds all experts of the block
+                    live = self.editable.loaded.tensor(site.tensor.partition("[")[0])
+                found[place.tensor] = partial(_as_stored, live, self.editable.stored[site.name])
         return found
 
 
 def make_edit(
-    inputs: Inputs, halves: RetainHalves, *, progress: Progress = silent, statistics: Path | None = None
+    inputs: Inputs,
+    halves: RetainHalves,
+    *,
+    progress: Progress = silent,
+    statistics: Path | None = None,
+    scratch: Path | None = None,
 ) -> Edit:
     """Edit the loaded model until the policy holds on all texts, or nothing more can be tried.
 
-    `statistics` names a file that keeps the retain statistics for the next run on the same inputs.
+    `statistics` names a file that keeps the retain statistics for the next run on the same inputs. `scratch` is an
+    existing folder for what a large model leaves no memory for; it is empty again afterwards.
     """
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="memscrub-") as folder:
+        return _make_edit(inputs, halves, progress, statistics, Path(folder))
+
+
+def _as_stored(live: Tensor, dtype: torch.dtype) -> Tensor:
+    return live.to(dtype).cpu()
+
+
+def _make_edit(
+    inputs: Inputs, halves: RetainHalves, progress: Progress, statistics: Path | None, scratch: Path
+) -> Edit:
+    closed: set[str] = set()
 
     def metrics(sites: Sequence[Site]) -> list[Metric]:
-        return _metrics(inputs, sites, halves, progress, statistics)
+        found = _metrics(inputs, sites, halves, progress, statistics, scratch)
+        closed.update(site.name for site, metric in zip(sites, found, strict=True) if metric.closed)
+        return found
 
     def stored(sites: Sequence[Site]) -> dict[str, torch.dtype]:
         return stored_dtypes(inputs, sites)
@@ -77,8 +113,29 @@ def make_edit(
         joint = JointStages(inputs, metrics, stored, halves.solver, progress)
         editable, outcome = joint.run()
         stages, rounds, no_room = tuple(joint.stages), joint.rounds, joint.no_room
-    names = {site.tensor: name_on_disk(inputs.loaded, inputs.ckpt, site.tensor) for site in editable.sites}
-    return Edit(editable, outcome, stages, rounds, names, no_room)
+    places = {site.tensor: place_on_disk(inputs.loaded, inputs.ckpt, site) for site in editable.sites}
+    made = EditMade(editable.sites, outcome, stages, rounds, places, no_room, _experts(editable, closed))
+    return Edit(editable, made)
+
+
+def _experts(editable: EditableModel, closed: Collection[str]) -> tuple[ExpertsRecord, ...]:
+    """What became of the routed experts of each layer; `closed` are the names of sites no retain text came to."""
+    counts: dict[int, int] = {}
+    edited: dict[int, list[int]] = {}
+    left: dict[int, list[int]] = {}
+    for site in editable.sites:
+        if site.expert is None:
+            continue
+        counts[site.layer] = counts.get(site.layer, 0) + 1
+        live = editable.loaded.parameter(site)
+        if not torch.equal(live, editable.originals[site.tensor].to(live.device)):
+            edited.setdefault(site.layer, []).append(site.expert)
+        if site.name in closed:
+            left.setdefault(site.layer, []).append(site.expert)
+    return tuple(
+        ExpertsRecord(layer, count, tuple(edited.get(layer, ())), tuple(left.get(layer, ())))
+        for layer, count in counts.items()
+    )
 
 
 def statistics_rows(loaded: LoadedModel, solver: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +151,7 @@ def stored_dtypes(inputs: Inputs, sites: Sequence[Site]) -> dict[str, torch.dtyp
     """Each site's dtype on disk, by Site.name. Raises UsageError for one that cannot be edited in float32."""
     found = {}
     for site in sites:
-        info = inputs.ckpt.tensors[name_on_disk(inputs.loaded, inputs.ckpt, site.tensor)]
+        info = inputs.ckpt.tensors[place_on_disk(inputs.loaded, inputs.ckpt, site).tensor]
         if info.dtype not in DISK_DTYPES:
             raise UsageError(
                 f"{info.shard}: the tensor '{info.name}' is stored as {info.dtype}; memscrub edits"
@@ -105,19 +162,24 @@ def stored_dtypes(inputs: Inputs, sites: Sequence[Site]) -> dict[str, torch.dtyp
 
 
 def _metrics(
-    inputs: Inputs, sites: Sequence[Site], halves: RetainHalves, progress: Progress, file: Path | None
+    inputs: Inputs,
+    sites: Sequence[Site],
+    halves: RetainHalves,
+    progress: Progress,
+    file: Path | None,
+    scratch: Path,
 ) -> list[Metric]:
     rows = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
     total = sum(map(len, rows))
 
+    def told(done: int) -> None:
+        progress("retain statistics", done, total)
+
     def compute() -> list[Metric]:
-        return measure_disturbance(
-            inputs.loaded,
-            sites,
-            rows,
-            seed=inputs.seed,
-            progress=lambda done: progress("retain statistics", done, total),
-        )
+        if inputs.loaded.lean is None:
+            return measure_disturbance(inputs.loaded, sites, rows, seed=inputs.seed, progress=told)
+        folder = scratch / str(len(list(scratch.iterdir())))
+        return measure_by_block(inputs.loaded, sites, rows, folder, seed=inputs.seed, progress=told)
 
     if file is None:
         return compute()

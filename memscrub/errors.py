@@ -1,7 +1,8 @@
 """The errors memscrub raises on purpose, each with the exit code it ends a run with; knows nothing else.
 
 Every message is one sentence (two at most) that names the file or value and tells the user what to do.
-Messages never contain protected text.
+Messages never contain protected text, nor anything that a terminal would take for a command: they quote names from
+files that strangers wrote, so what is not printable is shown as its code.
 """
 
 from __future__ import annotations
@@ -20,10 +21,26 @@ class ExitCode(IntEnum):
     SIGNATURE = 5
 
 
+LONGEST_MESSAGE = 2000
+"""Characters of a message; of a longer one, which quotes a name without end, the middle is left out."""
+
+
+def printable(text: str) -> str:
+    """The text with escape sequences, line breaks and other unprintable characters as codes such as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class MemscrubError(Exception):
     """Base of all errors with a message meant for the user; `exit_code` is what the CLI ends with."""
 
     exit_code: ExitCode = ExitCode.INCOMPLETE
+
+    def __init__(self, message: str) -> None:
+        half = LONGEST_MESSAGE // 2
+        short = message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+        super().__init__(printable(short))
 
 
 class UsageError(MemscrubError):
@@ -52,8 +69,19 @@ class OutputError(UsageError):
     """The output directory or file cannot be used: exists already, or holds something else (exit 2)."""
 
 
+class UntrustedMeasuresError(UsageError):
+    """The measures in a signed report do not answer this policy (exit 2); measuring again does."""
+
+
 class IncompleteError(MemscrubError):
     """The run could not finish: out of memory, disk full, interrupted, a tool failed (exit 3)."""
+
+
+class InterruptedRunError(IncompleteError):
+    """A person or the system stopped the run (exit 3); the message is what is left of it."""
+
+    def __str__(self) -> str:
+        return f"interrupted; {super().__str__()}"
 
 
 class NumericalError(IncompleteError):
@@ -64,3 +92,8 @@ class SignatureInvalidError(MemscrubError):
     """A signature, digest or the set of files does not match what was signed (exit 5)."""
 
     exit_code = ExitCode.SIGNATURE
+
+
+def would_repeat(error: BaseException) -> bool:
+    """Would the same run end in the same error again? Then there is nothing to go on from."""
+    return isinstance(error, UsageError | NumericalError | SignatureInvalidError)

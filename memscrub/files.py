@@ -6,22 +6,32 @@ Nothing here follows a path out of the directory it was given, loads a pickle, o
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from memscrub.errors import IncompleteError, MemscrubError, OutputError
 
 CHUNK = 8 << 20
 """Bytes read at a time: large enough for disk speed, small enough that eight threads stay under 64 MiB."""
 
+# Bytes that the system is asked to copy at a time, and what it answers where it cannot copy between these files.
+_COPIED = 1 << 30
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+
 _SHARED_STORE_MARKER = ".huggingface-shared-blobs"
+# Seconds: by far more than from the making of a file to its lock.
+_ABANDONED_AFTER = 60.0
 
 
 def strict_json(data: bytes) -> Any:
@@ -171,16 +181,33 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
 
     With `private`, only its owner may read it. Errors of the disk are the caller's to explain.
     """
+    _clear_abandoned(path)
     # A name that nobody has: one that can be foretold might be somebody's file, or a link to one.
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the system drops it when we die
         temporary.chmod(0o600 if private else 0o644)
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Delete files that killed runs were writing to take `path`'s place: of our making, old, and locked by nobody."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.partial"):
+        with contextlib.suppress(OSError):  # another run may be faster; and what is not ours is none of our business
+            file = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                state = os.fstat(file)
+                old = time.time() - state.st_mtime > _ABANDONED_AFTER
+                if old and stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid():
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+            finally:
+                os.close(file)
 
 
 def read_range(path: Path, begin: int, end: int) -> bytearray:
@@ -195,6 +222,39 @@ def read_range(path: Path, begin: int, end: int) -> bytearray:
     if got != len(buffer):
         raise IncompleteError(f"{path} became shorter while it was read; run again.")
     return buffer
+
+
+def copy_range(source: IO[bytes], target: IO[bytes], begin: int, end: int) -> None:
+    """Append the bytes from `begin` to `end` of an unbuffered file to another; the disk's own way where it has one.
+
+    File systems that can share blocks between files do so here, and take room only for what changes later. Raises
+    OSError, and IncompleteError where the bytes are not there.
+    """
+    at, to, direct = begin, target.tell(), hasattr(os, "copy_file_range")
+    while at < end:
+        count = 0
+        if direct:
+            try:
+                count = os.copy_file_range(source.fileno(), target.fileno(), min(end - at, _COPIED), at, to)
+            except OSError as problem:
+                if problem.errno not in _NO_COPY:
+                    raise
+            direct = count > 0  # some file systems copy nothing this way, and say so by zero
+        if not count:
+            data = os.pread(source.fileno(), min(CHUNK, end - at), at)
+            if not data:
+                raise IncompleteError(f"{source.name} became shorter while it was read; run again.")
+            target.seek(to)
+            write_all(target, memoryview(data))
+            count = len(data)
+        at, to = at + count, to + count
+    target.seek(to)
+
+
+def write_all(target: IO[bytes], data: memoryview) -> None:
+    """Write all of the data to an unbuffered file, which may take less of it at a time."""
+    while len(data):
+        data = data[target.write(data) :]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

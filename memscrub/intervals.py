@@ -47,6 +47,37 @@ def wilson(hits: int, count: int, *, level: float = LEVEL) -> Interval:
     return Interval(0.0 if hits == 0 else centre - half, 1.0 if hits == count else centre + half)
 
 
+def upper_bound(hits: int, count: int, *, level: float = LEVEL) -> float:
+    """The one-sided upper bound of a rate of `hits` in `count` (Clopper and Pearson 1934): never too low.
+
+    The rate at which `hits` or fewer would still turn up with probability `1 - level`; the true rate is above it in at
+    most that share of all samples, however small they are. Of a count of 0 nothing is known: 1. Raises UsageError
+    unless 0 <= hits <= count and 0 < level < 1.
+    """
+    if not 0 <= hits <= count:
+        raise UsageError(f"{hits} of {count} is not a rate; the first is a part of the second.")
+    doubt = 1 - _checked(level)
+    if hits == count:
+        return 1.0
+    low, high = hits / count, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _at_most(hits, count, middle) > doubt else (low, middle)
+    return high
+
+
+def _at_most(hits: int, count: int, rate: float) -> float:
+    """The probability of at most `hits` in `count` at this rate."""
+    if rate in (0.0, 1.0):
+        return 1.0 - rate
+    every = math.lgamma(count + 1)
+    yes, no = math.log(rate), math.log1p(-rate)
+    return math.fsum(
+        math.exp(every - math.lgamma(k + 1) - math.lgamma(count - k + 1) + k * yes + (count - k) * no)
+        for k in range(hits + 1)
+    )
+
+
 def bootstrap(
     values: Sequence[T],
     statistic: Callable[[Sequence[T]], float],

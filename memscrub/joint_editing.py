@@ -28,6 +28,7 @@ from memscrub.locality_limits import broken_distance
 from memscrub.measure import Progress
 from memscrub.model import sites_of
 from memscrub.modes import Mode, available_modes, fixed_distractor
+from memscrub.originals import OriginalsOnDisk
 from memscrub.refine import Further, near_verbatim, other_contexts
 from memscrub.scanning import Inputs
 from memscrub.sites import Site
@@ -81,7 +82,8 @@ class JointStages:
         fix = self.inputs.policy.fix
         kinds = {"mlp": ("mlp",), "mlp+attention": ("mlp", "attention")}.get(fix.sites, ("mlp", "attention", "query"))
         sites = sites_of(self.inputs.loaded, kinds=kinds, layers=None if fix.layers == "all" else fix.layers)
-        editable = EditableModel(self.inputs.loaded, sites, self.stored(sites))
+        disk = None if self.inputs.loaded.lean is None else OriginalsOnDisk(self.inputs.ckpt)
+        editable = EditableModel(self.inputs.loaded, sites, self.stored(sites), disk=disk)
         edit = JointEdit(editable, self.metrics(sites), EditSettings(fix.margin, fix.rounds))
         self.stages.append(fix.sites)
         edit.demand(self._demands(edit))

@@ -1,4 +1,4 @@
-"""Create, load and use signing keys; knows DSSE envelopes but not what is signed in them.
+"""Create, load and use signing keys; knows DSSE envelopes and bundles of them, but not what is signed in them.
 
 No message of this module quotes a key file: an error that reached a log must not carry key material.
 """
@@ -10,6 +10,7 @@ import binascii
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
+
+PASSWORD_VARIABLE = "MEMSCRUB_KEY_PASSWORD"
+"""Where a private key's passphrase comes from: never an argument, which other users of the machine could read."""
+
+BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 
 _SUPPORTED = "memscrub signs with EC P-256, P-384, P-521 and Ed25519 keys"
 
@@ -32,12 +38,33 @@ class PublicKey:
     key_id: str
     key: SSlibKey
 
-    def open_envelope(self, envelope: Any, file: str, payload_type: str, *, key_id: str) -> bytes:
-        """The unread payload of a DSSE envelope that this key signed under `key_id`; `file` is for messages.
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"the key {self.path.name}"
+
+    def open_bundle(self, bundle: Mapping[str, Any], file: str, payload_type: str) -> bytes:
+        """The unread payload of a bundle as `PrivateKey.bundle` makes it; `file` is for messages.
 
         Raises:
             SignatureInvalidError: it is malformed, or its signature is not this key's over this payload.
         """
+        material = bundle.get("verificationMaterial")
+        if set(bundle) != {"mediaType", "verificationMaterial", "dsseEnvelope"} or bundle["mediaType"] != BUNDLE_TYPE:
+            raise SignatureInvalidError(f"{file} is not a model signature bundle.")
+        if isinstance(material, dict) and "certificate" in material:
+            raise SignatureInvalidError(f"{file} was made with Sigstore and no key; verify it with --sigstore.")
+        if not isinstance(material, dict) or set(material) != {"publicKey", "tlogEntries"} or material["tlogEntries"]:
+            raise SignatureInvalidError(f"{file} was not made with a key pair; verify it with model_signing.")
+        if material["publicKey"] != {"hint": self.key_id}:
+            raise SignatureInvalidError(f"{file} was made with another key than {self.path.name}.")
+        return self._open(bundle["dsseEnvelope"], file, payload_type, key_id="")
+
+    def open_statement(self, envelope: Mapping[str, Any], file: str, payload_type: str) -> bytes:
+        """The unread payload of an envelope as `PrivateKey.statement` makes it; raises as `open_bundle`."""
+        return self._open(envelope, file, payload_type, key_id=self.key_id)
+
+    def _open(self, envelope: Any, file: str, payload_type: str, *, key_id: str) -> bytes:
         from securesystemslib.dsse import Envelope
         from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
         from securesystemslib.signer import Signature  # type: ignore[attr-defined]
@@ -47,9 +74,8 @@ class PublicKey:
         try:
             opened.verify([self.key], threshold=1)
         except (VerificationError, UnverifiedSignatureError):
-            raise SignatureInvalidError(
-                f"The signature in {file} is not one of the key {self.path.name} over its content."
-            ) from None
+            message = f"The signature in {file} is not one of {self.name} over its content."
+            raise SignatureInvalidError(message) from None
         return payload
 
 
@@ -63,14 +89,25 @@ class PrivateKey:
     def __repr__(self) -> str:
         return f"PrivateKey(key_id={self.public.key_id!r})"
 
-    def envelope(self, payload: bytes, payload_type: str, *, key_id: str | None = None) -> dict[str, Any]:
-        """A DSSE envelope signed with this key, as a JSON object; `key_id` is this key's unless given."""
+    def bundle(self, payload: bytes, payload_type: str) -> dict[str, Any]:
+        """An OpenSSF model-signing bundle signed with this key, as a JSON object."""
+        return {
+            "mediaType": BUNDLE_TYPE,
+            "verificationMaterial": {"publicKey": {"hint": self.public.key_id}, "tlogEntries": []},
+            "dsseEnvelope": self._envelope(payload, payload_type, key_id=""),
+        }
+
+    def statement(self, payload: bytes, payload_type: str) -> dict[str, Any]:
+        """A DSSE envelope signed with this key, as a JSON object."""
+        return self._envelope(payload, payload_type, key_id=self.public.key_id)
+
+    def _envelope(self, payload: bytes, payload_type: str, *, key_id: str) -> dict[str, Any]:
         from securesystemslib.dsse import Envelope
         from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 
         envelope = Envelope(payload, payload_type, {})
         signature = envelope.sign(CryptoSigner(self.key, self.public.key))
-        signature.keyid = self.public.key_id if key_id is None else key_id
+        signature.keyid = key_id
         result: dict[str, Any] = envelope.to_dict()
         return result
 
@@ -81,13 +118,13 @@ def generate_keypair(
     *,
     kind: Literal["ec-p256", "ed25519"] = "ec-p256",
     password: str | None = None,
-) -> None:
-    """Write a new key pair as PEM files, the private one readable by its owner only.
+) -> str:
+    """Write a new key pair as PEM files, the private one readable by its owner only; return the key id.
 
     EC P-256 signatures can also be verified by the model_signing command line; Ed25519 ones by memscrub only.
 
     Raises:
-        UsageError: unknown kind, or an empty password.
+        UsageError: unknown kind, or an empty passphrase.
         OutputError: a file exists already (a key is never overwritten) or cannot be written.
     """
     from cryptography.hazmat.primitives import serialization
@@ -97,7 +134,7 @@ def generate_keypair(
     if kind not in ("ec-p256", "ed25519"):
         raise UsageError(f"{kind!r} is not a kind of key; use ec-p256 or ed25519.")
     if password == "":
-        raise UsageError("The password is empty; leave it out to store the key unencrypted.")
+        raise UsageError("The passphrase is empty; leave it out to store the key unencrypted.")
     if private.resolve() == public.resolve():
         raise UsageError("The private and the public key need two different files.")
     for path in (private, public):
@@ -117,26 +154,30 @@ def generate_keypair(
     except BaseException:  # half a pair is of no use, and would block the next attempt
         private.unlink(missing_ok=True)
         raise
+    return hashlib.sha256(public_pem).hexdigest()
 
 
 def load_private_key(path: str | Path, password: str | None) -> PrivateKey:
     """Load a PEM private key.
 
     Raises:
-        UsageError: missing, unreadable, not a supported PEM key; a wrong, missing or unneeded password.
+        UsageError: missing, unreadable, not a supported PEM key; a wrong, missing or unneeded passphrase.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    pem = _read_key(path)
     try:
-        key = load_pem_private_key(_read_key(path), None if password is None else password.encode())
-    except TypeError:  # the library's way to say that a password is missing, or given and not needed
-        state = "is encrypted; give its password" if password is None else "is not encrypted; give no password"
-        raise UsageError(f"The private key {path} {state}.") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(f"{path} is not a PEM private key, or the password is wrong; {_SUPPORTED}.") from None
+        key = load_pem_private_key(pem, None if password is None else password.encode())
+    except TypeError:  # the library's way to say that a passphrase is missing, or given and not needed
+        state = "is encrypted; set" if is_encrypted(pem) else "is not encrypted; unset"
+        raise UsageError(f"The private key {path} {state} {PASSWORD_VARIABLE}.") from None
+    except (ValueError, UnsupportedAlgorithm, InternalError):
+        if password is not None and is_encrypted(pem):
+            raise UsageError(f"The passphrase of {path} is wrong, or the file is damaged; try it again.") from None
+        raise UsageError(f"{path} is not a PEM private key; {_SUPPORTED}.") from None
     if not isinstance(key, EllipticCurvePrivateKey | Ed25519PrivateKey):
         raise UsageError(f"{path} is of an unsupported kind; {_SUPPORTED}.")
     return PrivateKey(_public(key.public_key(), Path(path)), key)
@@ -148,14 +189,27 @@ def load_public_key(path: str | Path) -> PublicKey:
     Raises:
         UsageError: missing, unreadable, or not a supported PEM public key.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         key = load_pem_public_key(_read_key(path))
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, InternalError):
         raise UsageError(f"{path} is not a PEM public key; {_SUPPORTED}.") from None
     return _public(key, Path(path))
+
+
+def is_encrypted(pem: bytes) -> bool:
+    """Whether a PEM private key needs a passphrase."""
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in pem or b"Proc-Type: 4,ENCRYPTED" in pem
+
+
+def key_id_of(text: str) -> str:
+    """A key id as `PublicKey.key_id` has it, from one with or without `sha256:`. Raises UsageError for any other."""
+    found = text.strip().lower().removeprefix("sha256:")
+    if len(found) != 64 or set(found) - set("0123456789abcdef"):
+        raise UsageError(f"{text[:80]!r} is no key id; give sha256: and 64 hex digits, as `memscrub keygen` shows it.")
+    return found
 
 
 def _public(key: Any, path: Path) -> PublicKey:
@@ -174,7 +228,8 @@ def _public(key: Any, path: Path) -> PublicKey:
 
 def _read_key(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:  # not all of it: /dev/zero has no end
+            return file.read(1 << 20)
     except OSError as problem:
         raise UsageError(f"The key {path} cannot be read: {problem.strerror}.") from None
 

@@ -69,9 +69,10 @@ def linearise(
         targets = torch.tensor([demands[index].tokens[token] for index, token in pairs])
         rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs])
         gap = _gaps(logits[rows, tokens - 1], targets.to(logits.device), rivals.to(logits.device))
-        for number, gradient in enumerate(torch.autograd.grad(gap.sum(), trace.writes)):
+        places = (rows * trace.writes[0].shape[1] + tokens - 1).to(gap.device)
+        for number, gradient in enumerate(trace.gradients(gap.sum())):
             site = sites[number]
-            activations[number].append(site.inputs(trace.activations[number][rows, tokens - 1]).float())
+            activations[number].append(site.inputs(trace.seen[number].at(places)).float())
             gradients[number].append(site.outputs(gradient[rows, tokens - 1]).float())
         gaps.append(gap.detach())
         margins += [margin for points in chosen for margin in points.values()]
@@ -106,13 +107,14 @@ def prices(
             for token in range(1, len(demands[index].tokens)):
                 rivals[row, token - 1] = _rival(demands[index], token)
         gaps = _gaps(logits[:, :-1], ids[:, 1:].to(logits.device), rivals.to(logits.device))
-        kernel = torch.zeros(gaps.shape, device=logits.device)
-        for number, gradient in enumerate(torch.autograd.grad(gaps.sum(), trace.writes)):
-            site, metric = editable.sites[number], metrics[number]
-            a = site.inputs(trace.activations[number][:, :-1]).float().flatten(0, 1)
-            g = site.outputs(gradient[:, :-1]).float().flatten(0, 1)
-            own = (a * metric.solve_inputs(a)).sum(-1) * (g * metric.solve_outputs(g)).sum(-1)
-            kernel += own.view_as(kernel)
+        kernel = torch.zeros(logits.shape[:2], device=logits.device).flatten()
+        for number, gradient in enumerate(trace.gradients(gaps.sum())):
+            site, metric, seen = editable.sites[number], metrics[number], trace.seen[number]
+            came = slice(None) if seen.tokens is None else seen.tokens
+            a = site.inputs(seen.values).float()
+            g = site.outputs(gradient.flatten(0, 1)[came]).float()
+            kernel[came] += (a * metric.solve_inputs(a)).sum(-1) * (g * metric.solve_outputs(g)).sum(-1)
+        kernel = kernel.view(logits.shape[:2])[:, :-1]
         for row, index in enumerate(batch):
             length = len(demands[index].tokens) - 1
             price = 1.0 / kernel[row, :length].clamp(min=1e-30)

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from memscrub.errors import ProtectedTextError, UsageError
+from memscrub.errors import ProtectedTextError, UsageError, printable
+from memscrub.normal_form import nfc
 from memscrub.policy_errors import did_you_mean
 from memscrub.protected import ProtectedText
 from memscrub.raw_arrays import read_array, read_tensor
-from memscrub.text_files import read_rows, refusal
+from memscrub.text_files import BOMB, most_unpacked, read_rows, refusal
 
 FORMATS: Mapping[str, str] = {
     "lm-extraction": "lm-extraction-benchmark: SPLIT_prefix.npy and SPLIT_suffix.npy with token ids, in one folder",
@@ -36,6 +36,9 @@ MEMPI_TOKENS, MEMPI_PROMPT = 80, 32
 MEMPI_KEYS = ("ref", "all")
 # train-00000-of-00002.parquet, with the digest that older files carry; 0000.parquet has no split in its name.
 _SHARD = re.compile(r"(?P<split>.*?)-?\d{4,5}(-of-\d{5})?(-[0-9a-f]{16})?")
+
+# Bytes of the JSON that save_to_disk writes beside the data; of a longer file the beginning is no JSON.
+_SMALL = 1 << 24
 
 Decode = Callable[[Sequence[int]], str]
 Encode = Callable[[str], Sequence[int]]
@@ -197,7 +200,7 @@ def _listed(request: _Request, items: Iterable[_Item]) -> ForeignList:
         text, prefix = (_checked(value, item.path, item.row) for value in (item.text, item.prefix))
         assert text is not None
         source, where = item.source if isinstance(item.source, str) else None, str(item.path)
-        texts.append(ProtectedText(item.id, text, request.class_name, (), source, prefix, where, item.row))
+        texts.append(ProtectedText(printable(item.id), text, request.class_name, (), source, prefix, where, item.row))
     total = len(texts) + empty
     return ForeignList(tuple(texts), (f"{empty} of {total} rows hold no text and were left out.",) if empty else ())
 
@@ -209,7 +212,7 @@ def _checked(value: object, path: Path, row: int) -> str | None:
         raise refusal(path, row, "there is something else where a text should be; name a column of texts.")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise refusal(path, row, "the text holds a NUL character or half a character; take the row out.")
-    return unicodedata.normalize("NFC", value)
+    return nfc(value)
 
 
 def _hf(request: _Request) -> ForeignList:
@@ -250,7 +253,8 @@ def _tables(request: _Request) -> list[Path]:
 def _names(path: Path, key: str) -> list[str]:
     """The names that a file of save_to_disk lists; none may lead out of its folder."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))[key]
+        with path.open("rb") as file:
+            listed = json.loads(file.read(_SMALL))[key]
         names = [each["filename"] if isinstance(each, dict) else each for each in listed]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         names = [None]
@@ -272,19 +276,28 @@ def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[object, ..
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise ProtectedTextError(f"{path}: reading this needs an extra; run pip install 'memscrub[parquet]'.") from None
-    row = 0
+    row = unpacked = 0
     try:
-        with arrow.memory_map(str(path)) as source:
+        most = most_unpacked(path)
+        # Not mapped into memory: a length that lies would then end the process with SIGBUS.
+        with arrow.OSFile(str(path)) as source:
             for batch in _batches(arrow, parquet, source, path, columns):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     row += 1
-                    yield tuple(value.as_py() for value in values)
+                    cells = tuple(value.as_py() for value in values)
+                    unpacked += sum(len(cell) for cell in cells if isinstance(cell, str))
+                    if unpacked > most:
+                        raise refusal(path, row, BOMB)
+                    yield cells
     except UnicodeDecodeError:
         raise refusal(path, row, "not valid UTF-8; save the dataset again with UTF-8 texts.") from None
     except (arrow.ArrowException, OSError) as error:
         # pyarrow also says OSError, without a reason of the system's, where the data is wrong.
         if reason := getattr(error, "strerror", None):
             raise ProtectedTextError(f"{path}: the file cannot be read ({reason}); check the folder.") from None
+        if found := re.search(r"Invalid UTF8 sequence at string index (\d+)", str(error)):  # from `_validated`
+            row += int(found[1]) + 1
+            raise refusal(path, row, "not valid UTF-8; save the dataset again with UTF-8 texts.") from None
         raise refusal(path, row + 1, "the data is damaged from here on; save the dataset again.") from None
     except (ValueError, OverflowError):  # a date that Python cannot hold, say
         raise refusal(path, row, "there is something else where a text should be; name a column of texts.") from None
@@ -296,15 +309,22 @@ def _batches(arrow: Any, parquet: Any, source: Any, path: Path, columns: Sequenc
     if path.suffix.lower() == ".parquet":
         file = parquet.ParquetFile(source)
         _check_columns(path, columns, file.schema_arrow.names)
-        yield from file.iter_batches(columns=list(dict.fromkeys(columns)))
+        # Few rows at a time: one long text that stands in every row is stored once.
+        yield from file.iter_batches(batch_size=64, columns=list(dict.fromkeys(columns)))
     elif begin == b"ARROW1":
         file = arrow.ipc.open_file(source)
         _check_columns(path, columns, file.schema.names)
-        yield from map(file.get_batch, range(file.num_record_batches))
+        yield from map(_validated, map(file.get_batch, range(file.num_record_batches)))
     else:  # a stream, which is what save_to_disk writes
         stream = arrow.ipc.open_stream(source)
         _check_columns(path, columns, stream.schema.names)
-        yield from stream
+        yield from map(_validated, stream)
+
+
+def _validated(batch: Any) -> Any:
+    """The batch, none of whose offsets leads out of its buffers; pyarrow itself believes what an Arrow file says."""
+    batch.validate(full=True)
+    return batch
 
 
 def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:

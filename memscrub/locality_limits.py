@@ -12,8 +12,13 @@ from typing import Protocol
 # Whatever a policy allows: a model this far from the original is broken, not edited.
 CATASTROPHIC_PERPLEXITY_RATIO = 1.10
 CATASTROPHIC_AGREEMENT = 0.90
+_BROKEN = " is broken "
+_WORKING_RATIO = "the perplexity ratio of a model that still works"
+_WORKING_AGREEMENT = "the agreement of a model that still works"
 # A rise in benign prompts that chance brings about this often is not held against an edit.
 CHANCE = 0.05
+# Above so many changes the normal distribution (with continuity correction) stands in for the exact sum.
+_MANY = 1000
 
 
 class Distance(Protocol):
@@ -50,11 +55,11 @@ def broken_distance(measured: Distance, limits: DistanceLimits) -> list[str]:
         *over("max_worst_kl", measured.worst_kl, limits.max_worst_kl),
         *(
             over("max_perplexity_ratio", ratio, limits.max_perplexity_ratio)
-            or over("the perplexity ratio of a model that still works", ratio, CATASTROPHIC_PERPLEXITY_RATIO)
+            or over(_WORKING_RATIO, ratio, CATASTROPHIC_PERPLEXITY_RATIO)
         ),
         *(
             under("min_agreement", agreement, limits.min_agreement)
-            or under("the agreement of a model that still works", agreement, CATASTROPHIC_AGREEMENT)
+            or under(_WORKING_AGREEMENT, agreement, CATASTROPHIC_AGREEMENT)
         ),
     ]
 
@@ -74,12 +79,22 @@ def broken_benign(prompts: int, before: int, after: int, newly: int, limit: floa
 def _chance(gained: int, lost: int) -> float:
     """Probability of at least so many gains when each change is as likely a gain as a loss."""
     changes = gained + lost
+    if min(gained, lost) < 0:  # counts that contradict each other, in a report from elsewhere
+        return 1.0 if gained < 0 else 0.0
+    if changes > _MANY:
+        return math.erfc((2 * gained - 1 - changes) / math.sqrt(2 * changes)) / 2
     return float(sum(math.comb(changes, count) for count in range(gained, changes + 1))) / 2.0**changes
 
 
 def broken_neighbours(known_before: int, still_known: int, limit: float | None) -> list[str]:
     """A sentence when too few of the neighbours' known tokens are kept; where none was known, none can be lost."""
     return under("min_neighbours_kept", still_known / known_before, limit) if known_before else []
+
+
+def limit_of(sentence: str) -> str:
+    """The policy's limit that a sentence of this module is about."""
+    name = sentence.removeprefix("locality: ").partition(_BROKEN)[0]
+    return {_WORKING_RATIO: "max_perplexity_ratio", _WORKING_AGREEMENT: "min_agreement"}.get(name, name)
 
 
 def over(name: str, measured: float, allowed: float | None, what: str = "") -> list[str]:
@@ -96,6 +111,6 @@ def under(name: str, measured: float, allowed: float | None, what: str = "") -> 
 def _sentence(name: str, measured: float, allowed: float, what: str) -> str:
     about = f"{what}: " if what else ""
     return (
-        f"locality: {name} is broken ({about}allowed {allowed:g}, measured {measured:.4g},"
+        f"locality: {name}{_BROKEN}({about}allowed {allowed:g}, measured {measured:.4g},"
         f" missed by {abs(measured - allowed):.2g})."
     )

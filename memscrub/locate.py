@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memscrub.errors import UsageError
+from memscrub.experts import seen_by
 from memscrub.extraction import largest
 from memscrub.model import LoadedModel
 from memscrub.readout import entry_gain, readout
@@ -188,13 +190,16 @@ def observe(loaded: LoadedModel, sites: Sequence[Site], tokens: Sequence[int]) -
     """One forward pass over one text: what goes into these MLP sites and what their blocks leave behind.
 
     Where a norm stands between site and stream, its division by the size of the write is counted towards the
-    activations, so that activation times (gained) output vector is what enters the stream.
+    activations, and so is a gate behind a shared expert: activation times (gained) output vector is what enters
+    the stream.
     """
     ids = torch.tensor([list(tokens)], device=loaded.device)
-    with _recorded(loaded, sites) as record:
+    with _recorded(loaded, sites, len(tokens)) as record:
         (logits,) = loaded.logits(ids)
     activations = []
-    for inputs, write in zip(record.inputs, record.writes, strict=True):
+    for site, inputs, write in zip(sites, record.inputs, record.writes, strict=True):
+        if site.layer in record.gates and site.expert is None:
+            inputs = inputs * record.gates[site.layer]
         if loaded.family.after_mlp is not None:
             inputs = inputs * write.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
         activations.append(inputs)
@@ -208,18 +213,28 @@ class _Record:
     inputs: list[Tensor]
     writes: list[Tensor]
     residuals: list[Tensor]
+    length: int
+    gates: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # by layer: what its shared expert's write is multiplied with
 
 
 @contextlib.contextmanager
-def _recorded(loaded: LoadedModel, sites: Sequence[Site]) -> Iterator[_Record]:
-    """Record the sites and their blocks during a forward pass of one text; the hooks are always removed."""
-    record = _Record(*([torch.empty(0)] * len(sites) for _ in range(3)))
+def _recorded(loaded: LoadedModel, sites: Sequence[Site], length: int) -> Iterator[_Record]:
+    """Record the sites and their blocks in a forward pass of one text of that length; hooks are always removed."""
+    inputs, writes, residuals = ([torch.empty(0)] * len(sites) for _ in range(3))
+    record = _Record(inputs, writes, residuals, length)
     handles = []
     try:
         for index, site in enumerate(sites):
             block = f"{loaded.family.blocks}.{site.layer}"
-            for name, hook in ((site.name, _site_hook(record, index)), (block, _block_hook(record, index))):
-                handles.append(loaded.model.get_submodule(name).register_forward_hook(hook))
+            module = loaded.model.get_submodule(site.module)
+            handles.append(module.register_forward_hook(_site_hook(loaded, site, record, index), with_kwargs=True))
+            handles.append(loaded.model.get_submodule(block).register_forward_hook(_block_hook(record, index)))
+            experts = loaded.family.experts
+            if experts is not None and experts.shared_gate is not None and site.name == f"{block}.{experts.shared}":
+                gate = loaded.model.get_submodule(f"{block}.{experts.shared_gate}")
+                handles.append(gate.register_forward_hook(_gate_hook(record, site.layer)))
         yield record
     finally:
         for handle in handles:
@@ -227,14 +242,26 @@ def _recorded(loaded: LoadedModel, sites: Sequence[Site]) -> Iterator[_Record]:
 
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]
+NamedHook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any], Tensor], None]
 
 
-def _site_hook(record: _Record, index: int) -> Hook:
+def _site_hook(loaded: LoadedModel, site: Site, record: _Record, index: int) -> NamedHook:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+        # Some families flatten batch and length; there is one text only.
+        record.writes[index] = output.detach().float().flatten(0, -2)
+        if site.expert is None or loaded.family.experts is None:
+            record.inputs[index] = inputs[0].detach().float().flatten(0, -2)
+            return
+        (seen,) = seen_by(module, loaded.family.experts, [site.expert], inputs, named)
+        record.inputs[index] = seen.dense(record.length).float()
+
+    return hook
+
+
+def _gate_hook(record: _Record, layer: int) -> Hook:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         assert isinstance(output, Tensor)
-        # Some families flatten batch and length; there is one text only.
-        record.inputs[index] = inputs[0].detach().float().flatten(0, -2)
-        record.writes[index] = output.detach().float().flatten(0, -2)
+        record.gates[layer] = output.detach().float().sigmoid().flatten(0, -2)
 
     return hook
 

@@ -5,7 +5,7 @@ Knows the policy's classes and the measures, not what becomes of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,14 +27,17 @@ from memscrub.extraction import (
 )
 from memscrub.judgement import Measures, SecretMeasure
 from memscrub.model import LoadedModel
-from memscrub.passes import halving
+from memscrub.passes import CPU_TOKENS, halving
 from memscrub.policy import Policy
 from memscrub.policy_sections import ClassLimits
+from memscrub.remembered import Noted, Remembered
 from memscrub.tokens import TokenText
 
 Progress = Callable[[str, int, int], None]
 # So many openings are decoded before their continuations are let go.
 OPENINGS = 4096
+# So many full batches are passed at a time: what a crash costs at most, and little lost to the last, smaller batch.
+LOT_BATCHES = 16
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -65,25 +68,23 @@ def measure(
     progress: Progress = silent,
     screen: bool = False,
     keep_continuations: bool = True,
+    remembered: Remembered | None = None,
 ) -> Measured:
     """Measure every text by what its class's limits ask for, holding the scores of a bounded number of texts.
 
     With `screen`, a text's openings are decoded only where the pass shows that they could come near the limit; not
     so for classes with `like_controls`, whose limits are made of measured values. `keep_continuations=False`
-    returns none of them and holds a bounded number.
+    returns none of them and holds a bounded number; only then may there be something `remembered`, which is not
+    measured again. The result is the same to the bit.
     """
     found, asked = [], _Asked()
-    stream = scored(
-        loaded,
-        texts,
-        lambda text: sampling_of(policy.classes[text.class_name]),
-        batch_tokens=policy.probe.batch_tokens,
-        progress=lambda done: progress("teacher-forced pass", done, len(texts)),
-    )
-    for index, (text, scores) in enumerate(stream):
-        found.append(_measure_one(loaded, policy, text, scores))
-        _ask(loaded, policy, index, text, scores, asked, screen)
-    decoded, kept = _decode(loaded, policy, texts, asked.openings, progress, keep_continuations)
+    remembered = remembered or Remembered()
+    for index, noted in enumerate(_passed(loaded, policy, texts, progress, screen, remembered)):
+        found.append(noted.measures)
+        asked.openings.extend((index, offset) for offset in noted.asked)
+        if noted.estimate is not None:
+            asked.estimates[index] = noted.estimate
+    decoded, kept = _decode(loaded, policy, texts, asked.openings, progress, keep_continuations, remembered)
     for index, value in decoded.items():
         found[index] = replace(found[index], near_verbatim=value)
     for index, value in asked.estimates.items():
@@ -92,20 +93,64 @@ def measure(
     return Measured(tuple(found), tuple(kept))
 
 
-def _ask(
-    loaded: LoadedModel, policy: Policy, index: int, text: TokenText, scores: Scores, asked: _Asked, screen: bool
-) -> None:
-    """Which openings of a text have to be decoded, and what can be said of the others."""
+def _passed(
+    loaded: LoadedModel,
+    policy: Policy,
+    texts: Sequence[TokenText],
+    progress: Progress,
+    screen: bool,
+    remembered: Remembered,
+) -> Iterator[Noted]:
+    """What the teacher-forced pass says of each text, in order, lot by lot; lots that are remembered are left out."""
+    begin = 0
+    for lot in _lots(loaded, texts, policy.probe.batch_tokens):
+        known = [remembered.texts.get(begin + place) for place in range(len(lot))]
+        if None not in known:
+            progress("teacher-forced pass", begin + len(lot), len(texts))
+        stream = scored(
+            loaded,
+            lot if None in known else (),
+            lambda text: sampling_of(policy.classes[text.class_name]),
+            batch_tokens=policy.probe.batch_tokens,
+            progress=lambda done, begin=begin: progress("teacher-forced pass", begin + done, len(texts)),  # type: ignore[misc]
+        )
+        for place, (text, scores) in enumerate(stream):
+            noted = known[place]
+            if noted is None:
+                known[place] = noted = _note(loaded, policy, text, scores, screen)
+                remembered.note(begin + place, noted)
+        begin += len(lot)
+        yield from (noted for noted in known if noted is not None)
+
+
+def _lots(loaded: LoadedModel, texts: Sequence[TokenText], batch_tokens: int) -> Iterator[Sequence[TokenText]]:
+    """The texts in order, cut into lots of `LOT_BATCHES` batches or a little more."""
+    room = LOT_BATCHES * (min(batch_tokens, CPU_TOKENS) if loaded.device.type == "cpu" else batch_tokens)
+    begin, held = 0, 0
+    for index, text in enumerate(texts):
+        held += len(text.tokens)
+        if held >= room:
+            yield texts[begin : index + 1]
+            begin, held = index + 1, 0
+    if begin < len(texts):
+        yield texts[begin:]
+
+
+def _note(loaded: LoadedModel, policy: Policy, text: TokenText, scores: Scores, screen: bool) -> Noted:
+    """A text's measures, which of its openings have to be decoded, and what can be said of the others."""
+    measures = _measure_one(loaded, policy, text, scores)
     limits = policy.classes[text.class_name]
     limit = limits.max_near_verbatim
     if limit is None:
-        return
-    for opening in _openings(loaded, policy, index, text, policy.probe.offsets):
+        return Noted(measures)
+    asked, estimate = [], None
+    for opening in _openings(loaded, policy, 0, text, policy.probe.offsets):
         bound = _bound(loaded, text, scores, opening, limit) if screen and not limits.like_controls else None
         if bound is not None and bound <= limit:
-            asked.estimates[index] = max(asked.estimates.get(index, 0.0), bound)
+            estimate = max(estimate or 0.0, bound)
         else:
-            asked.openings.append((index, opening.offset))
+            asked.append(opening.offset)
+    return Noted(measures, tuple(asked), estimate)
 
 
 def _bound(loaded: LoadedModel, text: TokenText, scores: Scores, opening: Opening, limit: float) -> float:
@@ -141,10 +186,14 @@ def _decode(
     asked: Sequence[tuple[int, int]],
     progress: Progress,
     keep: bool,
+    remembered: Remembered,
 ) -> tuple[dict[int, float], list[Continuation]]:
     """Each text's highest similarity over these openings, by real decoding, and the continuations if `keep`."""
-    best: dict[int, float] = {}
     kept: list[Continuation] = []
+
+    def hear(said: Sequence[Continuation]) -> None:
+        remembered.heard({_name(each.opening): each.similarity for each in said})
+
     for begin in range(0, len(asked), OPENINGS):
         starts = [
             start
@@ -158,14 +207,22 @@ def _decode(
                 starts,
                 batch_tokens=budget,
                 progress=lambda done: progress("own continuations", begin + done, len(asked)),
+                known=() if keep else {i for i, start in enumerate(starts) if _name(start) in remembered.similar},
+                heard=hear,
             )
 
         said = halving(decode, policy.probe.batch_tokens)
-        for each in said:
-            best[each.opening.text] = max(best.get(each.opening.text, 0.0), each.similarity)
         if keep:
             kept += said
+    best: dict[int, float] = {}
+    for opening in asked:
+        best[opening[0]] = max(best.get(opening[0], 0.0), remembered.similar[opening])
     return best, kept
+
+
+def _name(opening: Opening) -> tuple[int, int]:
+    """The text and offset by which an opening is known."""
+    return opening.text, opening.offset
 
 
 def sampling_of(limits: ClassLimits) -> Sampling:

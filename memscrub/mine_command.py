@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscrub.cli_options import Checkpoint, Device, Dtype, Quiet
-from memscrub.errors import ExitCode, IncompleteError
+from memscrub.cli_options import Checkpoint, Device, Dtype, LogFile, Quiet
+from memscrub.cli_output import progress_shown
+from memscrub.errors import ExitCode
+from memscrub.interrupts import going_on
+from memscrub.run_log import RunLog
 
 if TYPE_CHECKING:
     from memscrub.mining import Mined
@@ -59,6 +62,7 @@ def mine(
     text_column: TextColumn = "text",
     batch_tokens: BatchTokens = 8192,
     overwrite: Overwrite = False,
+    log: LogFile = None,
     json: AsJson = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -67,13 +71,13 @@ def mine(
     """Find the texts of a corpus that a checkpoint gives away, as a protected list. Exit 0: done, 3: incomplete."""
     from memscrub.mining import Settings, journal_file
     from memscrub.mining import mine as run_mine
-    from memscrub.progress import shown
 
     settings = Settings(
         run, window, overlap, context, openings, similar, class_name, text_column, batch_tokens
     )  # fmt: skip
-    try:
-        with shown(Console(stderr=True), quiet=quiet or not sys.stderr.isatty()) as progress:
+    with RunLog(log, "mine", outside=[checkpoint]) as lines:
+        quiet_here = quiet or not sys.stderr.isatty()
+        with going_on(journal_file(out), "found"), progress_shown(quiet_here, lines) as progress:
             mined = run_mine(
                 checkpoint,
                 corpus,
@@ -85,21 +89,21 @@ def mine(
                 dtype=dtype,
                 progress=progress,
             )
-    except (IncompleteError, KeyboardInterrupt) as error:
-        journal = journal_file(out)
-        said = "interrupted; nothing was written." if isinstance(error, KeyboardInterrupt) else str(error)
-        if journal.is_file():
-            kept = f"what was found so far is in {journal}, and the same command goes on from there"
-            said = said.replace("nothing was written.", f"{kept}.") if "nothing was" in said else f"{said} ({kept})"
-        raise IncompleteError(said) from None
+        lines.figures("mined", **vars(mined.funnel))
+        for sentence in (*mined.problems, *mined.remarks):
+            lines.remark(sentence)
+        _show(mined, json=json, quiet=quiet, limit=settings.run)
+        raise typer.Exit(int(ExitCode.INCOMPLETE if mined.problems else ExitCode.PASS))
+
+
+def _show(mined: Mined, *, json: bool, quiet: bool, limit: int) -> None:
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for sentence in (*mined.problems, *(() if quiet else mined.remarks)):
         errors.print(f"memscrub: {sentence}", markup=False)
     if json:
         sys.stdout.write(json_module.dumps(mined.to_dict(), indent=2) + "\n")
     elif not quiet:
-        show_mined(Console(), mined, settings.run)
-    raise typer.Exit(int(ExitCode.INCOMPLETE if mined.problems else ExitCode.PASS))
+        show_mined(Console(), mined, limit)
 
 
 def show_mined(console: Console, mined: Mined, limit: int) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from memscrub.corpora import CorpusFile
 from memscrub.files import replacing
 from memscrub.mining_stretches import Stretch, strongest
 from memscrub.near_copies import NearCopies, group
+from memscrub.normal_form import nfc
 from memscrub.partial import disk_errors
 
 # Longest emitted run of each text behind its prompt and prefix, as (prefix, text) pairs; None where it is too long.
@@ -153,7 +153,7 @@ def _tried(made: Sequence[Entry], runs: Runs, limit: int) -> list[Entry]:
 def _place(files: Sequence[CorpusFile], stretch: Stretch) -> str:
     # A file name need not be Unicode; a list must.
     name = os.fsencode(files[stretch.file].path).decode("utf-8", errors="replace")
-    return unicodedata.normalize("NFC", f"{name}:{stretch.line} (character {stretch.begin})")
+    return nfc(f"{name}:{stretch.line} (character {stretch.begin})")
 
 
 def list_files(out: Path, made: Sequence[Entry]) -> dict[Path, bytes]:

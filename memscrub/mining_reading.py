@@ -19,7 +19,7 @@ from memscrub.mining_windows import Encoder, Row, Windows, grown, rows_of, runs_
 from memscrub.model import LoadedModel
 from memscrub.passes import teacher_forced
 from memscrub.protected import ProtectedText
-from memscrub.tokens import TokenText, tokenize
+from memscrub.tokens import TokenText, check_ids, tokenize
 
 # Tokens of a lot: what is read ahead, sorted by length and written down together.
 _LOT = 32768
@@ -96,6 +96,8 @@ def found_in(reading: Reading, lot: Lot) -> LotFound:
     """What the model gives away in a lot, runs that reach a window's end followed to theirs."""
     loaded, windows, budget = reading.loaded, reading.windows, reading.batch_tokens
     rows = [row for _, row in lot.rows]
+    for row in rows:
+        check_ids(loaded, row.tokens)
     pieces: dict[int, list[Stretch]] = {}
     longer: list[tuple[int, Row]] = []
     candidates = 0

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memscrub.architecture import Family, Layout, family_of
+from memscrub.architecture import Experts, Family, Layout, family_of
 from memscrub.checkpoint import Checkpoint
 from memscrub.errors import ArchitectureError, CheckpointError, NumericalError, UsageError
+from memscrub.lean_weights import LeanWeights, lean_dtype, widen_constants
 from memscrub.sites import Site, as_columns
+from memscrub.untrusted_config import Reading, check_counts, check_size, without_kernels
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -46,16 +48,21 @@ class LoadedModel:
     dtype: torch.dtype
     vocabulary: int
     max_positions: int
+    lean: LeanWeights | None = field(default=None, repr=False)  # where the weights stay as they are stored
 
     def weight(self, site: Site) -> Tensor:
         """The site's output vectors as columns, a view `[d, f]` onto the live parameter."""
         return as_columns(self.parameter(site), site.orientation)
 
     def parameter(self, site: Site) -> Tensor:
-        """The live parameter of a site, as stored."""
-        weight = self.model.get_submodule(site.name).weight
-        assert isinstance(weight, Tensor)
-        return weight.data
+        """The live parameter of a site, as stored; of an expert's, its part."""
+        return self.tensor(site.tensor)
+
+    def tensor(self, name: str) -> Tensor:
+        """The live values behind a name (`Site.tensor`): of a parameter, or of one expert's part of it."""
+        path, _, expert = name.removesuffix("]").partition("[")
+        values = self.model.get_parameter(path).data
+        return values[int(expert)] if expert else values
 
     def batch_tokens(self, wanted: int, *, gradients: bool = False) -> int:
         """Tokens per forward pass: what the policy wants, less where the logits would fill the memory."""
@@ -81,14 +88,19 @@ class LoadedModel:
 
         Where it does not (the head does something memscrub does not know), `features` are the logits themselves.
         """
-        if not isinstance(_base(self.model), nn.Module):
+        if not isinstance(self._base, nn.Module):
             return False
         count = min(8, self.max_positions)
         ids = ((torch.arange(count, device=self.device) * 7919 + 1) % self.vocabulary)[None]
         with torch.inference_mode():
-            own, found = self.logits(ids), self._head(_base(self.model)(input_ids=ids, use_cache=False)[0])
+            own, found = self.logits(ids), self._head(self._base(input_ids=ids, use_cache=False)[0])
             same = own.shape == found.shape and (own - found).abs().max() <= _SAME_LOGITS[self.dtype] * own.abs().max()
         return bool(same)
+
+    @property
+    def _base(self) -> Any:
+        """The model without its head; None for a model that does not keep the two apart."""
+        return getattr(self.model, self.family.blocks.partition(".")[0], None)
 
     def features(self, tokens: Tensor, past: Any = None, *, keep: bool = False) -> tuple[Tensor, Any]:
         """What `unembed` makes logits of, `[batch, length, ...]`, for right-padded ids `[batch, length]` on the device.
@@ -96,7 +108,7 @@ class LoadedModel:
         `past` is a cache of the tokens before these; with `keep` the cache of all is returned, else None.
         """
         cached = keep or past is not None
-        model = _base(self.model) if self.projects else self.model
+        model = self._base if self.projects else self.model
         output: Any = model(input_ids=tokens, past_key_values=past, use_cache=cached)
         features: Tensor = output[0] if self.projects else output.logits
         return features, output.past_key_values if cached else None
@@ -115,11 +127,6 @@ class LoadedModel:
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits.float()
-
-
-def _base(model: nn.Module) -> Any:
-    """The model without its head; None for a model that does not keep the two apart."""
-    return getattr(model, str(getattr(model, "base_model_prefix", "")), None)
 
 
 def choose_device(name: str) -> torch.device:
@@ -151,11 +158,14 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto", lean: bool | None = None
+) -> LoadedModel:
     """Load a checkpoint for measuring: evaluation mode, no parameter asks for gradients.
 
-    Raises CheckpointError when transformers cannot read it or a weight is missing, NumericalError when a weight
-    is not finite.
+    With `lean` the weights stay in their stored dtype where that gives the same results (`lean_weights`); None: for
+    large checkpoints. Raises CheckpointError when transformers cannot read it or a weight is missing, NumericalError
+    when a weight is not finite.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -163,28 +173,29 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -
     family = family_of(ckpt.config)
     where, arithmetic = choose_device(device), choose_dtype(dtype)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with _quiet_transformers():
-            config = AutoConfig.from_pretrained(ckpt.path, **local)
-            tokenizer = AutoTokenizer.from_pretrained(ckpt.path, **local)
-            found: Any = AutoModelForCausalLM.from_pretrained(
-                ckpt.path,
-                config=config,
-                dtype=arithmetic,
-                use_safetensors=True,
-                output_loading_info=True,
-                **local,
-            )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{ckpt.path}: transformers cannot load this checkpoint ({reason[:300]}); check that config.json,"
-            " the tokenizer files and the shards belong together."
-        ) from error
+    narrow = lean_dtype(ckpt, wanted=lean) if arithmetic is torch.float32 else None
+    check_counts(ckpt.config, len(ckpt.tensors))
+    with Reading(ckpt.path), _quiet_transformers():
+        config = without_kernels(AutoConfig.from_pretrained(ckpt.path, **local))
+        with torch.device("meta"):
+            sketch = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        check_size(sketch, (info.shape for info in ckpt.tensors.values()))
+        tokenizer = AutoTokenizer.from_pretrained(ckpt.path, **local)
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            ckpt.path,
+            config=config,
+            dtype=narrow or arithmetic,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # not ignored: `_check_loading` names the tensor
+            **local,
+        )
     model, info = found
     _check_loading(ckpt, info)
     # A checkpoint's own generation settings (sampling, penalties, end tokens) would hide what it knows.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    if narrow is not None and not widen_constants(model):
+        return load_model(ckpt, device=device, dtype=dtype, lean=False)
     model = model.to(where).eval().requires_grad_(False)
     _check_finite(ckpt, model)
     begin = tokenizer.bos_token_id
@@ -196,8 +207,15 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto") -
         device=where,
         dtype=arithmetic,
         vocabulary=int(model.get_output_embeddings().weight.shape[0]),
-        max_positions=int(getattr(config, "max_position_embeddings", 0) or 2**20),
+        max_positions=_max_positions(config),
+        lean=None if narrow is None else LeanWeights(model, arithmetic),
     )
+
+
+def _max_positions(config: Any) -> int:
+    """How many tokens the model reads at once; MPT has a name of its own for it."""
+    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return int(next((length for length in stated if length), 2**20))
 
 
 def sites_of(
@@ -219,11 +237,14 @@ def sites_of(
     wanted = range(len(blocks)) if layers is None else layers
     if missing := [layer for layer in wanted if layer >= len(blocks)]:
         raise UsageError(f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}.")
-    found = []
+    found: list[Site] = []
     for kind in kinds:
         path = {"mlp": family.mlp, "attention": family.attention, "query": family.query}[kind]
         for layer in wanted:
             block = f"{family.blocks}.{layer}"
+            if kind == "mlp" and family.experts is not None and _has(loaded, f"{block}.{family.experts.path}"):
+                found += _expert_sites(loaded, family.experts, block, layer)
+                continue
             _module(loaded, f"{block}.{path}")
             site = Site(f"{block}.{path}", kind, layer, family.orientation)
             if kind == "query" and family.layout is not Layout.ALONE:
@@ -233,6 +254,28 @@ def sites_of(
                 site = replace(site, rows=_query_rows(loaded, family.layout, *sizes))
             found.append(site)
     return tuple(found)
+
+
+def _expert_sites(loaded: LoadedModel, experts: Experts, block: str, layer: int) -> list[Site]:
+    """The sites of a mixture-of-experts block: what every token passes through, then each routed expert."""
+    found = []
+    if experts.shared is not None:
+        _module(loaded, f"{block}.{experts.shared}")
+        found.append(Site(f"{block}.{experts.shared}", "mlp", layer, loaded.family.orientation))
+    name = f"{block}.{experts.path}"
+    matrices = getattr(_module(loaded, name), "down_proj", None)
+    if not isinstance(matrices, Tensor) or matrices.ndim != 3:
+        raise ArchitectureError(f"'{name}' does not hold the matrices of its experts as memscrub expects them.")
+    found += [Site(f"{name}.{n}", "mlp", layer, experts.orientation, expert=n) for n in range(len(matrices))]
+    return found
+
+
+def _has(loaded: LoadedModel, name: str) -> bool:
+    try:
+        loaded.model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _module(loaded: LoadedModel, name: str) -> nn.Module:
@@ -264,20 +307,59 @@ def head_count(loaded: LoadedModel) -> int:
     return heads
 
 
+@dataclass(frozen=True)
+class DiskPlace:
+    """Where a matrix is in the checkpoint's files: the tensor, and which part of one that holds all experts'."""
+
+    tensor: str
+    expert: int | None = None
+
+    def of(self, values: Tensor) -> Tensor:
+        """The matrix in the tensor's values."""
+        return values if self.expert is None else values[self.expert]
+
+
+def place_on_disk(loaded: LoadedModel, ckpt: Checkpoint, site: Site) -> DiskPlace:
+    """Where a site's matrix is in the checkpoint's files.
+
+    Raises ArchitectureError when no file holds it or more than one place could be meant.
+    """
+    experts = loaded.family.experts
+    if site.expert is None or experts is None:
+        return DiskPlace(name_on_disk(loaded, ckpt, site.tensor))
+    block = f"{loaded.family.blocks}.{site.layer}"
+    found = []
+    for ending in experts.stored:
+        own = "{expert}" in ending
+        names = _stored_names(loaded, ckpt, f"{block}.{ending.format(expert=site.expert)}")
+        found += [DiskPlace(name, None if own else site.expert) for name in names]
+    if len(found) != 1:
+        raise _not_one(ckpt, site.tensor, len(found))
+    return found[0]
+
+
 def name_on_disk(loaded: LoadedModel, ckpt: Checkpoint, tensor: str) -> str:
     """The name a parameter has in the checkpoint's files, which may lack the model's outer prefix.
 
     Raises ArchitectureError when no file holds it or more than one name could be meant.
     """
+    found = _stored_names(loaded, ckpt, tensor)
+    if len(found) != 1:
+        raise _not_one(ckpt, tensor, len(found))
+    return found[0]
+
+
+def _stored_names(loaded: LoadedModel, ckpt: Checkpoint, tensor: str) -> list[str]:
     prefix = str(getattr(loaded.model, "base_model_prefix", "")) + "."
     candidates = {tensor, tensor.removeprefix(prefix), prefix + tensor}
-    found = sorted(name for name in candidates if name in ckpt.tensors)
-    if len(found) != 1:
-        raise ArchitectureError(
-            f"{ckpt.path}: the tensor '{tensor}' was found under {len(found)} names in the shards;"
-            " memscrub edits only tensors it can name exactly."
-        )
-    return found[0]
+    return sorted(name for name in candidates if name in ckpt.tensors)
+
+
+def _not_one(ckpt: Checkpoint, tensor: str, count: int) -> ArchitectureError:
+    return ArchitectureError(
+        f"{ckpt.path}: the tensor '{tensor}' was found under {count} names in the shards;"
+        " memscrub edits only tensors it can name exactly."
+    )
 
 
 def _check_loading(ckpt: Checkpoint, info: Mapping[str, Any]) -> None:
@@ -287,13 +369,23 @@ def _check_loading(ckpt: Checkpoint, info: Mapping[str, Any]) -> None:
             f"{ckpt.path}: the weight '{missing[0]}' is missing from the shards (and {len(missing) - 1} more);"
             " the checkpoint is incomplete."
         )
-    if wrong := sorted(str(item) for item in info.get("mismatched_keys") or ()):
-        raise CheckpointError(f"{ckpt.path}: a weight does not have the shape config.json asks for: {wrong[0][:200]}.")
+    if wrong := sorted(info.get("mismatched_keys") or ()):
+        name, stored, expected = wrong[0]
+        raise CheckpointError(
+            f"{ckpt.path}: the weight '{name}' has the shape {list(stored)}, which is not the shape config.json asks"
+            f" for, {list(expected)}; check that config.json and the shards belong together."
+        )
+
+
+def _finite(values: Tensor) -> bool:
+    # Piece by piece: what the check makes of a large matrix takes as much room as the matrix.
+    piece = 2**22
+    return all(bool(torch.isfinite(values[at : at + piece]).all()) for at in range(0, len(values), piece))
 
 
 def _check_finite(ckpt: Checkpoint, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not _finite(parameter.detach().flatten()):
             raise NumericalError(
                 f"{ckpt.path}: the weight '{name}' holds NaN or infinite values;"
                 " nothing can be measured on this checkpoint."

@@ -12,7 +12,7 @@ from memscrub.locality import RetainHalves, split_retain
 from memscrub.model import LoadedModel
 from memscrub.protected import load_texts
 from memscrub.scanning import Inputs
-from memscrub.tokens import TokenText
+from memscrub.tokens import TokenText, check_ids
 
 
 def retain_halves(inputs: Inputs) -> RetainHalves:
@@ -38,6 +38,8 @@ def neighbour_texts(inputs: Inputs) -> tuple[TokenText, ...]:
     documents = load_texts(map(inputs.policy.resolve, inputs.policy.locality.neighbours))
     prompt, room = inputs.loaded.prompt, inputs.loaded.max_positions
     rows = [prompt + tuple(inputs.loaded.tokenizer(d.text, add_special_tokens=False)["input_ids"]) for d in documents]
+    for row in rows:
+        check_ids(inputs.loaded, row)
     return tuple(
         TokenText(f"neighbour-{index}", "neighbour", row[:room], len(prompt)) for index, row in enumerate(rows)
     )

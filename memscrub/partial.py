@@ -13,11 +13,11 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from memscrub.errors import IncompleteError, OutputError
+from memscrub.errors import IncompleteError, OutputError, would_repeat
 from memscrub.files import cache_link_roots
 
 
@@ -57,8 +57,8 @@ class PartialDirectory:
     """`DIR.partial/`, which becomes `DIR` on `commit()` and disappears otherwise.
 
     `overwrite` lets `commit` replace an existing checkpoint directory. `keep` leaves the partial directory in
-    place when the run fails. `inputs` must not overlap `DIR`. Of a dead run's partial directory, only the
-    files named in `resume` (such as a journal) survive.
+    place when the run fails, unless it would only fail in the same way again. `inputs` must not overlap `DIR`. Of a
+    dead run's partial directory, only the files that `resume` names survive; it is asked when the lock is held.
 
     Raises:
         OutputError: `DIR` exists, another run is writing it, it overlaps an input, or it is not writable.
@@ -72,7 +72,7 @@ class PartialDirectory:
         overwrite: bool = False,
         keep: bool = False,
         inputs: Collection[Path] = (),
-        resume: Collection[str] = (),
+        resume: Callable[[Path], Collection[str]] = lambda path: (),
     ) -> None:
         # Resolving only the parent keeps a link named `out` visible, so that it is refused and not followed.
         given = Path(out)
@@ -80,7 +80,7 @@ class PartialDirectory:
             raise OutputError(f"{out} does not name a new directory; choose another place.")
         self.target = _real(given.parent) / given.name
         self.path = self.target.with_name(self.target.name + ".partial")
-        self.overwrite, self.keep, self._resume = overwrite, keep, frozenset(resume)
+        self.overwrite, self.keep, self._resume = overwrite, keep, resume
         self.committed = False
         self._lock: int | None = None
         self._leftovers = False
@@ -109,7 +109,7 @@ class PartialDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if not self.committed and not (self.keep and error is not None):
+            if not self.committed and not (self.keep and error is not None and not would_repeat(error)):
                 # The reason for the failure must reach the user, not a second failure while cleaning up;
                 # what stays behind is removed by the next run.
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -139,6 +139,11 @@ class PartialDirectory:
             _sync(self.target.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
         return self.target
+
+    def sync(self) -> None:
+        """Make every byte of the partial directory durable."""
+        with disk_errors(self.target):
+            _sync_tree(self.path)
 
     def _acquire(self) -> None:
         """Hold an exclusive lock on `DIR.lock` until `_release`; the system drops it when we die."""
@@ -205,11 +210,15 @@ class PartialDirectory:
         if not self._leftovers and any(self.path.iterdir()):
             raise OutputError(f"{self.path} exists, and no run of memscrub left it; delete it.")
         self._leftovers = True
-        for entry in list(self.path.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name not in self._resume or entry.is_symlink():
-                entry.unlink()
+        kept = frozenset(self._resume(self.path))
+        for folder, folders, files in os.walk(self.path, topdown=False):
+            for name in (*folders, *files):
+                entry = Path(folder) / name
+                if entry.is_dir() and not entry.is_symlink():
+                    if not any(entry.iterdir()):
+                        entry.rmdir()
+                elif entry.relative_to(self.path).as_posix() not in kept or entry.is_symlink():
+                    entry.unlink()
 
 
 def _real(path: Path) -> Path:

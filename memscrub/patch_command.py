@@ -5,14 +5,13 @@ Heavy modules are imported inside them, so that `memscrub --help` does not load 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from memscrub.cli_options import Device, Directory, Quiet, ReportFile, Seed
+from memscrub.cli_options import Device, Directory, Quiet, ReportFile, Seed, passphrase
 from memscrub.cli_output import check_report_file, deliver, progress_shown, say, say_written
 from memscrub.errors import ArchitectureError, UsageError
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from memscrub.patch_files import PatchSummary, Restored
     from memscrub.policy import Policy
     from memscrub.scrub import Fixed
-
-PASSWORD = "MEMSCRUB_KEY_PASSWORD"
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint before the edit: directory or hub id.")]
 Scrubbed = Annotated[Path, typer.Argument(metavar="SCRUBBED", help="The directory that `memscrub fix` wrote.")]
@@ -166,7 +163,7 @@ def _fix(
 ) -> Fixed:
     from memscrub.scrub import Signing, fix
 
-    signing = None if sign is None else Signing(sign, os.environ.get(PASSWORD))
+    signing = None if sign is None else Signing(sign, passphrase(sign))
     with progress_shown(quiet) as progress:
         return fix(base, policy, out, sign=signing, overwrite=overwrite, device=device, seed=seed, progress=progress)
 

@@ -36,7 +36,8 @@ from memscrub.policy_sections import (
     Section,
     Sign,
 )
-from memscrub.toml_lines import line_of
+from memscrub.policy_waivers import Waivers
+from memscrub.toml_lines import line_of, line_of_endless_key
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,11 +45,17 @@ else:
     import tomli as tomllib
 
 
+# No control characters, and none that reorder what stands around them.
+_PLAIN = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]{1,200}$"
+# What TOML promises to hold. Python's parser takes longer ones, which then cannot even be printed.
+_LARGEST = 1 << 63
+
+
 class Policy(Section):
     """A whole policy file; made by `load_policy` or `parse_policy`, never changed."""
 
     schema_version: Literal[1] = Field(alias="schema", description="Version of this format; only 1 is known.")
-    name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")] = Field(
+    name: Annotated[str, StringConstraints(pattern=_PLAIN)] = Field(
         examples=["release-gate"], description="Name of the policy, as reports show it."
     )
     protected: ProtectedFiles = Field(description="Where the protected texts are.")
@@ -60,6 +67,7 @@ class Policy(Section):
     fix: Fix = Fix()
     report: ReportSettings = ReportSettings()
     sign: Sign = Sign()
+    waivers: Waivers = Field(default=(), alias="waiver", description="Texts that may break their limits for a while.")
 
     _path: Path = PrivateAttr()
     _digest: str = PrivateAttr()
@@ -97,10 +105,14 @@ class Policy(Section):
 def parse_policy(data: bytes, path: Path = Path("policy.toml")) -> Policy:
     """The policy in these bytes; `path` is what messages and relative names refer to. Looks for no file."""
     text = decode(data, path)
+    if (line := line_of_endless_key(text)) is not None:
+        raise PolicyError(at_line(path, line, "not a key of a policy: it has dozens of dotted parts; take it out."))
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for integers too long to convert
         raise PolicyError(syntax_problem(error, text, path)) from None
+    if _beyond(raw):
+        raise PolicyError(f"{path}: a whole number in it is beyond 64 bits; write a smaller one.")
     if not raw:
         raise PolicyError(at_line(path, 1, "the policy is empty; `memscrub init` writes one to start from."))
     schema = raw.get("schema", 1)
@@ -115,6 +127,18 @@ def parse_policy(data: bytes, path: Path = Path("policy.toml")) -> Policy:
     policy._path = path
     policy._digest = hashlib.sha256(data).hexdigest()
     return policy
+
+
+def _beyond(raw: object) -> bool:
+    """Whether any whole number in these values does not fit 64 bits."""
+    pending = [raw]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+            return True
+    return False
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

@@ -31,6 +31,7 @@ _EXPECTED = {
     "model_type": "a section",
     "dict_type": "a section",
     "mapping_type": "a section",
+    "date_type": "a date (no time, no quotes)",
 }
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
@@ -149,7 +150,7 @@ def _unknown(model: type[BaseModel], names: tuple[str, ...]) -> str:
     key, parent = names[-1], names[:-1]
     here = [_alias(name, field) for name, field in _model_at(model, parent).model_fields.items()]
     shown = key if re.fullmatch(r"[\w.-]{1,40}", key) else "..."
-    where = f"unknown key '{shown}' in [{'.'.join(parent)}]"
+    where = f"unknown key '{shown}' in {_section(parent)}"
     start = where if parent else f"unknown key or section '{shown}'"
     near = did_you_mean(key, here, "")
     if near:
@@ -170,7 +171,8 @@ def _homes(model: type[BaseModel], key: str) -> Iterable[str]:
             )
         inner = section_model(field)
         if inner is not None and key in inner.model_fields:
-            yield (f"in [{_alias(name, field)}]" if _alias(name, field) != "class" else "in a [class.NAME] section")
+            home = _alias(name, field)
+            yield "in a [class.NAME] section" if home == "class" else f"in {_section((home,))}"
 
 
 def _alias(name: str, field: FieldInfo) -> str:
@@ -202,15 +204,20 @@ def _model_at(model: type[BaseModel], names: tuple[str, ...]) -> type[BaseModel]
 
 def _title(names: tuple[str, ...]) -> str:
     if len(names) == 1:
-        return f"'{names[0]}'" if names[0] in ("schema", "name") else f"[{names[0]}]"
+        return f"'{names[0]}'" if names[0] in ("schema", "name") else _section(names)
     if names[0] == "class" and len(names) == 2:
-        return f"[class.{names[1]}]"
-    return f"{names[-1]} in [{'.'.join(names[:-1])}]"
+        return _section(names)
+    return f"{names[-1]} in {_section(names[:-1])}"
+
+
+def _section(names: tuple[str, ...]) -> str:
+    """A section as TOML writes its header."""
+    return "[[waiver]]" if names == ("waiver",) else f"[{'.'.join(names)}]"
 
 
 def _example(names: tuple[str, ...], field: FieldInfo | None) -> str:
     if field is None or section_model(field) is not None:
-        return f"a section [{'.'.join(names)}]"
+        return f"a section {_section(names)}"
     value = field.examples[0] if field.examples else field.get_default()
     return f"{names[-1]} = {to_toml(1 if names[-1] == 'schema' else value)}"
 

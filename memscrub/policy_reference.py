@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,7 +27,7 @@ def tables() -> str:
     for name, field in Policy.model_fields.items():
         section = section_model(field)
         if section is not None:
-            title = "`[class.NAME]`" if field.alias == "class" else f"`[{name}]`"
+            title = {"class": "`[class.NAME]`", "waiver": "`[[waiver]]`"}.get(field.alias or name, f"`[{name}]`")
             parts.append(_table(title, _doc(section), section.model_fields))
     return "\n\n".join(parts)
 
@@ -61,6 +62,8 @@ def _kind(field: FieldInfo) -> str:
     limits: list[Any] = list(field.metadata)
     annotation: Any = field.annotation
     choices = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if len(choices) == 1 and get_origin(choices[0]) is Literal:  # optional: one of these words
+        annotation = choices[0]
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{to_toml(choice)}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -72,7 +75,7 @@ def _kind(field: FieldInfo) -> str:
         annotation = getattr(inner, "__origin__", inner)
         for extra in getattr(inner, "__metadata__", ()):
             limits += extra.metadata if isinstance(extra, FieldInfo) else [extra]
-    words = {int: "whole number", float: "number", bool: "true or false", str: "text"}[annotation]
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", date: "date"}[annotation]
     return " ".join([words, *_bounds(limits)])
 
 

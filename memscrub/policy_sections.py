@@ -94,6 +94,15 @@ class ClassLimits(Section):
         default=1.0, description="Of those, sampling is from the likeliest that together have this probability."
     )
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature.")
+    max_violation_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        examples=[0.01],
+        description="Share of texts that may break a limit: the class passes when the upper confidence bound of that"
+        " share is no higher. Without it every text counts.",
+    )
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1, description="Confidence of that bound (one-sided, Clopper-Pearson)."
+    )
 
     @model_validator(mode="after")
     def _has_limits_that_can_be_judged(self) -> ClassLimits:
@@ -105,6 +114,8 @@ class ClassLimits(Section):
                 "sets max_sampling_probability without the length of the window it is about;"
                 " add for example max_verbatim_tokens = 16, or secret = true"
             )
+        if "confidence" in self.model_fields_set and self.max_violation_rate is None:
+            raise ValueError("sets confidence without the rate it is about; add for example max_violation_rate = 0.01")
         return self
 
 
@@ -253,5 +264,11 @@ class Sign(Section):
     key: FileName | None = Field(
         default=None,
         examples=["signing-key.pem"],
-        description="Private key (PEM) that signs, relative to the policy.",
+        description="Private key (PEM) that signs, relative to the policy; or `sigstore`, to sign with an identity.",
+    )
+    key_id: Annotated[str, StringConstraints(pattern=r"^(sha256:)?[0-9a-f]{64}$")] | None = Field(
+        default=None,
+        examples=["sha256:" + "0" * 64],
+        description="The one key that counts, by its id as `memscrub keygen` shows it: `fix` signs with no other, and"
+        " `gate --key` believes no other.",
     )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from memscrub.measure import Progress as Report
-from memscrub.measure import silent
+if TYPE_CHECKING:
+    from memscrub.measure import Progress as Report
 
 
 @contextmanager
 def shown(console: Console, *, quiet: bool = False) -> Iterator[Report]:
     """A progress callback that draws on `console` (standard error) while the context is open."""
     if quiet:
-        yield silent
+        yield _nothing
     elif console.is_terminal:
         with Progress(
             TextColumn("{task.description}"),
@@ -30,6 +31,11 @@ def shown(console: Console, *, quiet: bool = False) -> Iterator[Report]:
             yield _Bars(bars)
     else:
         yield _Lines(console)
+
+
+def _nothing(stage: str, done: int, total: int) -> None:
+    # Not `measure.silent`: that module loads torch, which a gate on signed measures does without.
+    pass
 
 
 class _Bars:

@@ -12,13 +12,13 @@ import hmac
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memscrub.errors import UsageError
+from memscrub.normal_form import nfc
 from memscrub.policy import Policy
 from memscrub.policy_errors import did_you_mean
 from memscrub.secret_spans import Spans, secret_spans
@@ -92,7 +92,7 @@ def iter_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Document]:
     """Ordinary texts one by one, for readers that stop early; fields other than `text` are ignored."""
     for path in map(Path, paths):
         for row in read_rows(path):
-            text = unicodedata.normalize("NFC", _text(path, row))
+            text = nfc(_text(path, row))
             yield Document(text, str(path), row.line)
 
 
@@ -105,7 +105,7 @@ def keyed_id(text: str, key: bytes) -> str:
     """HMAC-SHA256 of the NFC text, in hex: names a text in a report and gives a guesser nothing to check."""
     if not key:
         raise UsageError("The key that names texts in reports is empty; pass 16 random bytes or more.")
-    normal = unicodedata.normalize("NFC", text)
+    normal = nfc(text)
     return hmac.new(key, normal.encode("utf-8"), hashlib.sha256).hexdigest()
 
 
@@ -166,7 +166,7 @@ def _protected_text(policy: Policy, path: Path, row: Row, number: int) -> Protec
         raise refusal(path, row.line, f"{message}; {hint}")
     return ProtectedText(
         id=_id(path, row, number),
-        text=unicodedata.normalize("NFC", written),
+        text=nfc(written),
         class_name=class_name,
         secrets=secrets,
         source=_string(path, row, "source"),
@@ -187,7 +187,7 @@ def _string(path: Path, row: Row, key: str) -> str | None:
     if value is None:
         return None
     _check_string(path, row, key, value)
-    return unicodedata.normalize("NFC", value)
+    return nfc(value)
 
 
 def _check_string(path: Path, row: Row, key: str, value: Any) -> None:

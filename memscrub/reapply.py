@@ -47,7 +47,17 @@ def narrowed(policy: Policy, tensors: Sequence[str], config: Mapping[str, Any]) 
 def _place(name: str, family: Family) -> tuple[str, int] | None:
     """Kind and layer of a stored weight; its name may lack the outermost modules, as GPT-2's on the hub do."""
     blocks = re.escape(family.blocks.rpartition(".")[2])
-    for kind, path in (("mlp", family.mlp), ("attention", family.attention), ("query", family.query)):
-        if found := re.fullmatch(rf"(?:.*\.)?{blocks}\.(\d+)\.{re.escape(path)}\.weight", name):
+    endings = [(kind, f"{path}.weight") for kind, path in _paths(family)]
+    endings += [("mlp", ending) for ending in (() if family.experts is None else family.experts.stored)]
+    for kind, ending in endings:
+        pattern = re.escape(ending).replace(re.escape("{expert}"), r"\d+")
+        if found := re.fullmatch(rf"(?:.*\.)?{blocks}\.(\d+)\.{pattern}", name):
             return kind, int(found[1])
     return None
+
+
+def _paths(family: Family) -> list[tuple[str, str]]:
+    paths = [("mlp", family.mlp), ("attention", family.attention), ("query", family.query)]
+    if family.experts is not None and family.experts.shared is not None:
+        paths.append(("mlp", family.experts.shared))
+    return paths

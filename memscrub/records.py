@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+from memscrub.adapters import Adapter
+from memscrub.basis import report_key
 from memscrub.benign import Benign
 from memscrub.checkpoint import Checkpoint, digest_files
-from memscrub.errors import UsageError
 from memscrub.files import tree_digest
-from memscrub.judgement import Judgement, Measures, judge
+from memscrub.judgement import Measures, judge
 from memscrub.locality import Locality
-from memscrub.locality_limits import broken_benign, broken_distance, broken_neighbours
 from memscrub.model import LoadedModel
 from memscrub.policy import Policy
 from memscrub.policy_sections import Locality as LocalityLimits
@@ -26,7 +25,6 @@ from memscrub.report import (
     CheckpointRecord,
     Environment,
     LocalityRecord,
-    NeighbourRecord,
     PolicyRecord,
     ProtectedRecord,
     ScoreRecord,
@@ -37,10 +35,16 @@ from memscrub.tokens import TokenText
 from memscrub.utility import Score
 
 
-def checkpoint_record(source: str, ckpt: Checkpoint) -> CheckpointRecord:
-    """The checkpoint as the user named it, with the digest of every file."""
-    digests = digest_files(ckpt)
+def checkpoint_record(source: str, ckpt: Checkpoint, files: Mapping[str, str] | None = None) -> CheckpointRecord:
+    """The checkpoint as the user named it, with the digest of every file; `files` where they are known already."""
+    digests = digest_files(ckpt) if files is None else dict(files)
     return CheckpointRecord(source, tree_digest(digests), digests)
+
+
+def adapter_record(adapter: Adapter) -> CheckpointRecord:
+    """The adapter that was added to the checkpoint in memory before anything was measured."""
+    digests = digest_files(adapter.path)
+    return CheckpointRecord(adapter.source, tree_digest(digests), digests)
 
 
 def environment(loaded: LoadedModel, seed: int) -> Environment:
@@ -58,13 +62,13 @@ def environment(loaded: LoadedModel, seed: int) -> Environment:
 
 
 def policy_record(policy: Policy) -> PolicyRecord:
-    """The policy by name and digest."""
-    return PolicyRecord(policy.name, policy.digest)
+    """The policy by name and digest, and the file as it was named."""
+    return PolicyRecord(policy.name, policy.digest, str(policy.path))
 
 
 def protected_record(policy: Policy, texts: ProtectedList) -> ProtectedRecord:
     """The protected list by its size and, with the policy's key, by a digest nobody can guess texts against."""
-    key = None if policy.report.key is None else _read_key(policy.resolve(policy.report.key))
+    key = report_key(policy)
     return ProtectedRecord(len(texts), len(texts.duplicates), None if key is None else list_digest(texts.texts, key))
 
 
@@ -78,17 +82,13 @@ def text_records(
     records = []
     for index, (text, measures) in enumerate(zip(texts, before, strict=True)):
         limits = policy.classes[text.class_name]
-        record = TextRecord(text.id, text.class_name, measures, judge(measures, limits))
+        place = None if text.file is None else Path(os.path.relpath(text.file, policy.base)).as_posix()
+        record = TextRecord(text.id, text.class_name, measures, judge(measures, limits), file=place, line=text.line)
         if after is not None:
             now = after[index]
-            record = TextRecord(text.id, text.class_name, measures, record.before_judgement, now, judge(now, limits))
+            record = replace(record, after=now, after_judgement=judge(now, limits))
         records.append(record)
     return tuple(records)
-
-
-def judged(records: Sequence[TextRecord]) -> list[tuple[str, str, Judgement]]:
-    """What the verdict looks at: the latest judgement of each text."""
-    return [(r.id, r.class_name, r.judgement) for r in records]
 
 
 def locality_record(measured: Locality, limits: LocalityLimits) -> LocalityRecord:
@@ -117,64 +117,3 @@ def utility_record(tool: str, before: Sequence[Score], after: Sequence[Score]) -
     was = {(score.task, score.metric): score.value for score in before}
     now = {(score.task, score.metric): score.value for score in after}
     return UtilityRecord(tool, tuple(ScoreRecord(*key, was.get(key), now.get(key)) for key in sorted({*was, *now})))
-
-
-@dataclass(frozen=True)
-class Ordinary:
-    """What a report says of ordinary text: retain text, neighbours and benign prompts; None where not measured."""
-
-    locality: LocalityRecord | None
-    neighbours: NeighbourRecord | None
-    benign: BenignRecord | None
-
-    def under(self, limits: LocalityLimits) -> Ordinary:
-        """The same figures held against another policy's limits."""
-        return Ordinary(
-            self.locality
-            and replace(
-                self.locality,
-                max_kl=limits.max_kl,
-                max_worst_kl=limits.max_worst_kl,
-                max_perplexity_ratio=limits.max_perplexity_ratio,
-                min_agreement=limits.min_agreement,
-            ),
-            self.neighbours and replace(self.neighbours, min_kept=limits.min_neighbours_kept),
-            self.benign and replace(self.benign, max_degenerate=limits.max_degenerate),
-        )
-
-
-def broken_locality(ordinary: Ordinary) -> list[str]:
-    """One sentence for each locality limit that does not hold, of all that was measured on ordinary text."""
-    broken: list[str] = []
-    if (locality := ordinary.locality) is not None:
-        broken += broken_distance(locality, locality)
-    if (neighbours := ordinary.neighbours) is not None:
-        broken += broken_neighbours(neighbours.known_before, neighbours.still_known, neighbours.min_kept)
-    if (benign := ordinary.benign) is not None:
-        broken += _broken_benign(benign)
-    return broken
-
-
-def _broken_benign(record: BenignRecord) -> list[str]:
-    r, limit = record, record.max_degenerate
-    return [
-        *broken_benign(r.prompts, r.degenerate_before, r.degenerate_after, r.newly_degenerate, limit, "degenerate"),
-        *broken_benign(r.prompts, r.ended_before, r.ended_after, r.newly_ended, limit, "end early"),
-    ]
-
-
-def timestamp() -> str:
-    """Now in UTC, or SOURCE_DATE_EPOCH where reproducible output is asked for."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)
-    return moment.replace(microsecond=0).isoformat()
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        key = path.read_bytes().strip()
-    except OSError as error:
-        raise UsageError(f"{path}: the report key cannot be read ({error.strerror}).") from None
-    if len(key) < 16:
-        raise UsageError(f"{path}: the report key is shorter than 16 bytes; make one with `openssl rand -hex 32`.")
-    return key

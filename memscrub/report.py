@@ -6,32 +6,41 @@ A report carries ids of texts, counts and measures, never a text or its tokens. 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from memscrub.errors import UsageError
+from memscrub.json_values import plain, rebuilt
 from memscrub.judgement import Judgement, Measures
-from memscrub.report_records import ClassRecord, DepthsRecord
+from memscrub.report_records import (
+    BaselineRecord,
+    BasisRecord,
+    ClassRecord,
+    DepthsRecord,
+    ExcuseRecord,
+    ExpertsRecord,
+    TrustRecord,
+    WaiverRecord,
+)
 from memscrub.verdict import Verdict
 
 SCHEMA = 1
+MAX_BYTES = 1 << 28
+"""Bytes of a report that are read: enough for 100,000 texts."""
 REPORT_NAME = "memscrub-report.json"
 
 
 @dataclass(frozen=True)
 class PolicyRecord:
-    """Which policy the run followed."""
+    """Which policy the run followed.
+
+    `sha256`: of the file's bytes. `file`: the policy file as the user named it, None in older reports.
+    """
 
     name: str
     sha256: str
+    file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class TextRecord:
 
     `samples_needed`: samples for a chance of 0.1, 0.5 and 0.9 that its likeliest window comes out; None without one.
     `unattributed`: limits it breaks by no more than some control text does, which is then no sign of memorization.
+    `file` and `line`: where it stands in its list; the file as a path seen from the policy's folder, a row's number for
+    a line in formats without lines. None in older reports. `excused`: broken limits that are not held against the run.
     """
 
     id: str
@@ -86,6 +97,9 @@ class TextRecord:
     after_judgement: Judgement | None = None
     samples_needed: tuple[float, ...] | None = None
     unattributed: tuple[str, ...] = ()
+    file: str | None = None
+    line: int | None = None
+    excused: tuple[ExcuseRecord, ...] = ()
 
     @property
     def latest(self) -> Measures:
@@ -161,7 +175,13 @@ class UtilityRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One edited tensor, as written."""
+    """One edited tensor, as written.
+
+    `rows` and `columns` say which of its rows and columns hold the changed elements, as `0-3,7`, numbered through
+    over leading axes; `orientation` which of the two are output vectors. None in reports of before they were stated.
+    `vectors`: how many output vectors the tensor holds. `change`: for bins of neighbouring output vectors in order, the
+    norm of the difference over the norm of the original; empty where it was not taken.
+    """
 
     name: str
     shard: str
@@ -169,6 +189,11 @@ class TensorRecord:
     elements_changed: int
     sha256_before: str
     sha256_after: str
+    orientation: str | None = None  # "rows" or "columns"
+    rows: str | None = None
+    columns: str | None = None
+    vectors: int | None = None
+    change: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,6 +212,8 @@ class EditRecord:
     retain_blocks_dropped: int
     tensors: tuple[TensorRecord, ...] = ()
     left_out: tuple[str, ...] = ()
+    experts: tuple[ExpertsRecord, ...] = ()
+    patch_sha256: str | None = None  # of the patch file, where one was written
 
 
 @dataclass(frozen=True)
@@ -211,73 +238,49 @@ class Report:
     utility: UtilityRecord | None = None
     classes: tuple[ClassRecord, ...] = ()
     depths: DepthsRecord | None = None
+    basis: BasisRecord | None = None
+    trusted: TrustRecord | None = None
+    waivers: tuple[WaiverRecord, ...] = ()
+    baseline: BaselineRecord | None = None
+    adapter: CheckpointRecord | None = None  # what was added to the input in memory before it was measured
 
     def to_json(self) -> str:
         """The report as indented JSON with a final newline; equal reports give equal text."""
         return json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, enums and tuples as what JSON has; infinities (an unbounded margin) become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return None
-    return value
-
-
 def load_report(path: Path) -> Report:
     """Read a report back. Raises UsageError when the file is no report of a schema this version knows."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so not a report of memscrub.")
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: the report cannot be read ({error.strerror}).") from None
+    return parse_report(data, path)
+
+
+def parse_report(data: bytes, path: Path) -> Report:
+    """The report in these bytes; `path` is what messages name. Raises UsageError as `load_report` does."""
+    try:
+        raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         raise UsageError(f"{path}: this is not a JSON report.") from None
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise UsageError(f"{path}: this is not a memscrub report of schema {SCHEMA}.")
     try:
-        report = _rebuild(Report, raw)
+        report = rebuilt(Report, raw)
+        _check_lengths(report)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise UsageError(f"{path}: the report lacks or misstates a field of schema {SCHEMA}.") from None
     assert isinstance(report, Report)
     return report
 
 
-def _rebuild(kind: Any, value: Any) -> Any:
-    """The inverse of `plain`, guided by the type annotation."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (kind,) = [item for item in arguments if item is not type(None)]
-        return _rebuild(kind, value)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise TypeError("expected a list")
-        return tuple(_rebuild(arguments[0], item) for item in value)
-    if origin is dict:
-        return {str(key): _rebuild(arguments[1], item) for key, item in value.items()}
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        # A field with a default may be absent: reports written before it was added stay readable.
-        optional = {each.name for each in dataclasses.fields(kind) if each.default is not dataclasses.MISSING}
-        given = {name: hint for name, hint in hints.items() if name in value or name not in optional}
-        return kind(**{name: _rebuild(hint, value[name]) for name, hint in given.items()})
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
-    if kind is float:
-        if value is None:
-            return math.inf
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise TypeError("expected a finite number")
-        return float(value)
-    if type(value) is not kind:  # True is no number
-        raise TypeError(f"expected {kind.__name__}")
-    return value
+def _check_lengths(report: Report) -> None:
+    """Raise ValueError where a list that stands for so many figures has another length."""
+    if any(text.samples_needed is not None and len(text.samples_needed) != 3 for text in report.texts):
+        raise ValueError("samples_needed")
+    depths = () if report.depths is None else report.depths.texts
+    if any(depth.near_mass is not None and len(depth.near_mass) != 2 for depth in depths):
+        raise ValueError("near_mass")

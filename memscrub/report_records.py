@@ -138,3 +138,74 @@ class DepthsRecord:
     texts: tuple[DepthRecord, ...]
     separations: tuple[SeparationRecord, ...] = ()
     prefixes: tuple[PrefixRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class BasisRecord:
+    """What the measures rest on beside the weights: SHA-256 of the settings that decide what is measured, and digests
+    of the protected and the control list under the policy's report key (None without a key)."""
+
+    settings_sha256: str
+    protected_hmac_sha256: str | None
+    controls_hmac_sha256: str | None
+
+
+@dataclass(frozen=True)
+class TrustRecord:
+    """The signed report that a gate took the measures from instead of measuring again, and the key that signed it."""
+
+    kind: str
+    created: str
+    memscrub: str
+    policy_sha256: str
+    report_sha256: str
+    key_id: str
+
+
+@dataclass(frozen=True)
+class WaiverRecord:
+    """A waiver of the policy; `limit` None: all limits. `state`: "used", "unused" or "expired"."""
+
+    id: str
+    limit: str | None
+    expires: str  # ISO 8601, the last day on which it counts
+    reason: str
+    state: str
+
+
+@dataclass(frozen=True)
+class ExcuseRecord:
+    """A limit that a text breaks and that is not held against the run; `by`: "waiver", "baseline" or "rate"."""
+
+    limit: str
+    by: str
+
+
+@dataclass(frozen=True)
+class BaselineRecord:
+    """The earlier report that only regressions were held against.
+
+    `same_list`: whether it was made with the same protected list; None where the digests do not tell. `tolerance`: the
+    share by which a measure may be above the earlier one. `regressions` and `known`: texts that break limits, worse or
+    no worse than then; `new_texts`: texts that it does not know.
+    """
+
+    sha256: str
+    created: str
+    policy_sha256: str
+    same_list: bool | None
+    tolerance: float
+    regressions: int
+    known: int
+    new_texts: int
+
+
+@dataclass(frozen=True)
+class ExpertsRecord:
+    """The routed experts of one layer: how many there are, which were edited, and which had to stay as they are because
+    no token of the retain text came to them, so that nothing is known of what an edit there costs."""
+
+    layer: int
+    experts: int
+    edited: tuple[int, ...]
+    closed: tuple[int, ...]

@@ -5,14 +5,30 @@ Heavy modules are imported inside it, so that `memscrub --help` does not load to
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 import typer
 
-from memscrub.cli_options import AsJson, Checkpoint, Device, Dtype, PolicyFile, Quiet, ReportFile, Seed
-from memscrub.cli_output import check_report_file, deliver, progress_shown, say
-from memscrub.errors import UsageError
+from memscrub.cli_options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    HtmlFile,
+    LogFile,
+    PolicyFile,
+    Quiet,
+    ReportFile,
+    Reveal,
+    Seed,
+)
+from memscrub.cli_output import check_report_file, deliver, progress_shown, remarks, write_report
+from memscrub.errors import OutputError, UsageError
+from memscrub.interrupts import finished, going_on
+from memscrub.page_output import page_of
+from memscrub.run_log import RunLog
 
 if TYPE_CHECKING:
     from memscrub.foreign_lists import ForeignSource
@@ -40,12 +56,24 @@ SuffixColumn = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--suffix-column", help="With --format hf: column that is appended to them."),
 ]
+JournalFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--journal", help="Keep what is measured here, to go on from; by default beside --report."),
+]
+AdapterName = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--adapter", help="A LoRA adapter (directory or hub id) to add to CKPT in memory first."),
+]
 
 
 def scan(
     checkpoint: Checkpoint,
     policy: PolicyFile,
     report: ReportFile = None,
+    html: HtmlFile = None,
+    reveal: Reveal = False,
+    journal: JournalFile = None,
+    log: LogFile = None,
     also: AlsoNames = None,
     format: Format = None,
     list_file: ListFile = None,
@@ -54,6 +82,7 @@ def scan(
     text_column: TextColumn = "text",
     prefix_column: PrefixColumn = None,
     suffix_column: SuffixColumn = None,
+    adapter: AdapterName = None,
     json: AsJson = False,
     quiet: Quiet = False,
     seed: Seed = 0,
@@ -66,20 +95,43 @@ def scan(
     from memscrub.scanning import scan as run
 
     foreign = _foreign(format, list_file, list_class, split, text_column, prefix_column, suffix_column)
-    with progress_shown(quiet) as progress:
-        found = run(
-            checkpoint,
-            policy,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            also=measures,
-            foreign=foreign,
-            progress=progress,
-            remark=(lambda sentence: None) if quiet else say,
-        )
-    deliver(found, report, as_json=json, quiet=quiet)
-    raise typer.Exit(found.verdict.exit_code)
+    page = page_of(html, policy, reveal=reveal, device=device, foreign=foreign, outside=[checkpoint])
+    kept = _journal(journal, report, checkpoint)
+    with RunLog(log, "scan", outside=[checkpoint]) as lines:
+        with going_on(kept), progress_shown(quiet, lines) as progress:
+            found = run(
+                checkpoint,
+                policy,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                also=measures,
+                foreign=foreign,
+                adapter=adapter,
+                journal=kept,
+                deliver=lambda found: None if report is None else write_report(found, report),
+                progress=progress,
+                remark=remarks(quiet, lines),
+            )
+        with finished(None if report is None else f"{report} was written."):
+            lines.report(found)
+            deliver(found, None, as_json=json, quiet=quiet, page=page)
+        raise typer.Exit(found.verdict.exit_code)
+
+
+def _journal(journal: Path | None, report: Path | None, checkpoint: str) -> Path | None:
+    """Where the scan keeps how far it has got: as told, else beside its report, else nowhere."""
+    from memscrub.run_journal import journal_file
+
+    if journal is not None:
+        if journal.is_dir() or not journal.parent.is_dir():
+            raise UsageError(f"{journal}: the journal cannot be written there; name a file in a folder that exists.")
+        if Path(os.path.realpath(journal)).is_relative_to(os.path.realpath(checkpoint)):
+            raise OutputError(f"{journal} lies in {checkpoint}, which is never written; keep the journal elsewhere.")
+        return journal
+    if report is None or (report.exists() and not report.is_file()):
+        return None
+    return journal_file(report)
 
 
 def _measures(names: list[str]) -> tuple[Any, ...]:

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from memscrub.adapters import Adapter, open_adapter
+from memscrub.allowances import NOTHING, Allowances
+from memscrub.basis import basis_of
 from memscrub.ceilings import with_ceilings
-from memscrub.checkpoint import Checkpoint, open_checkpoint
+from memscrub.checkpoint import Checkpoint, digest_files, open_checkpoint
 from memscrub.depths import measure_depths
 from memscrub.foreign_lists import ForeignSource, class_for, read_foreign
 from memscrub.measure import Progress, measure, silent
+from memscrub.merging import merge_in_memory
 from memscrub.model import LoadedModel, load_model
 from memscrub.policy import Policy, load_policy
 from memscrub.policy_sections import Also
 from memscrub.protected import ProtectedList, as_list, load_controls, load_protected
 from memscrub.records import (
+    adapter_record,
     checkpoint_record,
     environment,
-    judged,
     policy_record,
     protected_record,
     text_records,
-    timestamp,
 )
 from memscrub.report import SCHEMA, Report, TextRecord
-from memscrub.report_records import DepthsRecord
+from memscrub.report_records import BasisRecord, DepthsRecord
+from memscrub.run_journal import CONTROLS, TEXTS, RunJournal
+from memscrub.run_key import key_of, lists_key
+from memscrub.standing import judged, timestamp
 from memscrub.summary import summarised
 from memscrub.tokens import TokenText, tokenize
 from memscrub.verdict import decide
+from memscrub.waivers import allowances_of, check_waivers, waiver_records, with_excuses
 
 Remark = Callable[[str], None]
 
@@ -52,6 +60,10 @@ class Inputs:
     controls: tuple[TokenText, ...]
     seed: int
     foreign: ForeignSource | None = None
+    basis: BasisRecord | None = None
+    allowances: Allowances = NOTHING
+    files: Mapping[str, str] | None = None
+    adapter: Adapter | None = None
 
 
 def open_inputs(
@@ -62,11 +74,15 @@ def open_inputs(
     dtype: str = "auto",
     seed: int = 0,
     foreign: ForeignSource | None = None,
+    adapter: str | Path | None = None,
     remark: Remark = unsaid,
+    lean: bool | None = None,
 ) -> Inputs:
     """Open and check everything a run needs before anything is measured. Raises UsageError and its kinds.
 
     `foreign` is a list in another format that takes the place of the policy's; `remark` is told how it was read.
+    `adapter` is a LoRA adapter to add to the loaded model, which then is what `memscrub merge` would write. `lean`:
+    as in `load_model`.
     """
     torch.manual_seed(seed)
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
@@ -74,8 +90,18 @@ def open_inputs(
         class_for(rules, foreign.class_name)  # known before a model is loaded
     protected = load_protected(rules) if foreign is None else as_list(())
     controls = load_controls(rules)
+    allowances = allowances_of(rules)
+    if foreign is None:
+        check_waivers(rules, protected)
+    else:  # the policy's waivers are about texts of its own lists
+        allowances = replace(allowances, waivers=(), expired=())
+    added = None if adapter is None else open_adapter(adapter)
     ckpt = open_checkpoint(checkpoint)
-    loaded = load_model(ckpt, device=device, dtype=dtype)
+    # The sum of a weight and an adapter is not of the stored dtype.
+    loaded = load_model(ckpt, device=device, dtype=dtype, lean=lean if added is None else False)
+    if added is not None:
+        merge_in_memory(loaded, ckpt, added)
+        remark(f"the adapter {added.source} was added to {len(added.pairs)} tensors in memory.")
     if foreign is not None:
         protected, remarks = read_foreign(loaded, rules, foreign)
         for sentence in remarks:
@@ -90,6 +116,9 @@ def open_inputs(
         controls=tokenize(loaded, controls.texts),
         seed=seed,
         foreign=foreign,
+        basis=basis_of(rules, protected, controls),
+        allowances=allowances,
+        adapter=added,
     )
 
 
@@ -102,29 +131,73 @@ def scan(
     seed: int = 0,
     also: Sequence[Also] = (),
     foreign: ForeignSource | None = None,
+    adapter: str | Path | None = None,
+    journal: Path | None = None,
+    deliver: Callable[[Report], None] = lambda report: None,
     progress: Progress = silent,
     remark: Remark = unsaid,
 ) -> Report:
     """Measure what `checkpoint` gives away of the texts that `policy` protects.
 
     `also` names measures beyond those the policy asks for; `foreign` is a list in another format, measured in place
-    of the policy's own, and `remark` is told how it was read.
+    of the policy's own, and `remark` is told how it was read. `adapter` is a LoRA adapter of the checkpoint, added to
+    it in memory. `journal` is a file that keeps what was measured; the same call goes on from there if it is
+    interrupted. It is deleted when `deliver` has taken the report.
 
     `checkpoint` is a local directory, a Hugging Face cache snapshot or a hub id. The report's verdict carries
     the exit code. Raises UsageError (and its kinds) for unusable input, IncompleteError when the run cannot end.
     """
-    inputs = open_inputs(checkpoint, policy, device=device, dtype=dtype, seed=seed, foreign=foreign, remark=remark)
-    return scan_inputs(inputs, progress=progress, also=also)
+    inputs = open_inputs(
+        checkpoint, policy, device=device, dtype=dtype, seed=seed, foreign=foreign, adapter=adapter, remark=remark
+    )
+    with _journal(inputs, journal) as known:
+        if known is not None and known.said is not None:
+            remark(known.said)
+        inputs = inputs if known is None else replace(inputs, files=known.inputs)
+        report = scan_inputs(inputs, progress=progress, also=also, journal=known)
+        deliver(report)
+    return report
+
+
+def _journal(inputs: Inputs, path: Path | None) -> AbstractContextManager[RunJournal | None]:
+    if path is None:
+        return nullcontext()
+    files = digest_files(inputs.ckpt)
+    key, hidden = run_key(inputs, files)
+    return RunJournal(path, "scan", key, hidden, inputs=files, option="--journal or --report")
+
+
+def run_key(inputs: Inputs, files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """All that determines what a run on these inputs measures: what may be known, and digests of the lists.
+
+    `files` are the digests of the checkpoint's.
+    """
+    key = key_of(inputs.loaded, inputs.policy, files, inputs.seed)
+    key["adapter"] = "" if inputs.adapter is None else adapter_record(inputs.adapter).sha256
+    return key, lists_key(inputs.texts, inputs.controls)
 
 
 def scan_inputs(
-    inputs: Inputs, *, progress: Progress = silent, kind: str = "scan", also: Sequence[Also] = ()
+    inputs: Inputs,
+    *,
+    progress: Progress = silent,
+    kind: str = "scan",
+    also: Sequence[Also] = (),
+    journal: RunJournal | None = None,
 ) -> Report:
     """`scan` on inputs that are open already."""
     policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
     # An estimate may speed up a look around; what is released is decoded.
     screen = kind == "scan" and policy.probe.screen
-    measured = measure(inputs.loaded, policy, inputs.texts, progress=progress, screen=screen, keep_continuations=False)
+    measured = measure(
+        inputs.loaded,
+        policy,
+        inputs.texts,
+        progress=progress,
+        screen=screen,
+        keep_continuations=False,
+        remembered=None if journal is None else journal.stage(TEXTS),
+    )
     records = text_records(policy, inputs.texts, measured.measures)
     report = Report(
         schema=SCHEMA,
@@ -132,15 +205,18 @@ def scan_inputs(
         created=timestamp(),
         policy=policy_record(inputs.policy),
         protected=replace(protected_record(inputs.policy, inputs.protected), foreign=_named(inputs.foreign)),
-        input=checkpoint_record(inputs.source, inputs.ckpt),
+        input=checkpoint_record(inputs.source, inputs.ckpt, inputs.files),
         output=None,
         environment=environment(inputs.loaded, inputs.seed),
-        texts=records,
-        controls=control_records(inputs, policy),
+        texts=with_excuses(records, inputs.allowances),
+        controls=control_records(inputs, policy, journal),
         locality=None,
         neighbours=None,
         edit=None,
-        verdict=decide(judged(records)),
+        verdict=decide(judged(records), allowances=inputs.allowances),
+        basis=inputs.basis,
+        waivers=waiver_records(inputs.allowances, judged(records)),
+        adapter=None if inputs.adapter is None else adapter_record(inputs.adapter),
         depths=None if kind == "fix" else _depths(inputs, (*policy.probe.also, *also), progress),
     )
     return summarised(report)
@@ -164,9 +240,10 @@ def _depths(inputs: Inputs, also: Sequence[Also], progress: Progress) -> DepthsR
     )
 
 
-def control_records(inputs: Inputs, policy: Policy) -> tuple[TextRecord, ...]:
+def control_records(inputs: Inputs, policy: Policy, journal: RunJournal | None = None) -> tuple[TextRecord, ...]:
     """The control texts, measured and judged like protected ones; they tell guessing from memory."""
     if not inputs.controls:
         return ()
-    measured = measure(inputs.loaded, policy, inputs.controls, keep_continuations=False)
+    known = None if journal is None else journal.stage(CONTROLS)
+    measured = measure(inputs.loaded, policy, inputs.controls, keep_continuations=False, remembered=known)
     return text_records(policy, inputs.controls, measured.measures)

@@ -23,7 +23,8 @@ def depth_sentences(report: Report) -> Iterator[str]:
     if report.depths is None:
         return
     for name in report.depths.measures:
-        yield from _DEPTHS[name](report.depths)
+        if name in _DEPTHS:  # a later version may know more
+            yield from _DEPTHS[name](report.depths)
 
 
 def share(record: RateRecord) -> str:
@@ -91,7 +92,7 @@ def _exposure(depths: DepthsRecord) -> Iterator[str]:
 
 def _near_mass(depths: DepthsRecord) -> Iterator[str]:
     for name, group in _classes(depths.texts):
-        lower = [math.exp(text.near_mass[0]) for text in group if text.near_mass is not None]
+        lower = [math.exp(min(0.0, text.near_mass[0])) for text in group if text.near_mass is not None]
         if lower:
             yield (
                 f"near mass, {name}: one sample is near-verbatim with probability {max(lower):.2g} or more for the"

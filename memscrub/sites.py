@@ -2,7 +2,8 @@
 
 A site is one linear module of a decoder block with its input, the *activation* `[f]`, and its output, the *write*
 `[d]`. An edit adds to its matrix `[d, f]`. A restriction leaves some columns (for attention: the coordinates of
-chosen heads) or some rows (of a fused projection: the queries) out of every edit.
+chosen heads) or some rows (of a fused projection: the queries) out of every edit. Of a module that holds the
+matrices of many experts, each expert's is a site.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from memscrub.architecture import Orientation
 class Site:
     """One editable matrix: where it is, and the columns and rows of `[d, f]` an edit may touch (None: all)."""
 
-    name: str  # module path in memory, e.g. "model.layers.3.mlp.down_proj"
+    name: str  # module path in memory, e.g. "model.layers.3.mlp.down_proj"; with an expert's number behind it
     kind: str  # "mlp", "attention" or "query"
     layer: int
     orientation: Orientation
     columns: tuple[int, ...] | None = None
     rows: tuple[int, ...] | None = None
+    expert: int | None = None  # which matrix of a module that holds those of many experts
+
+    @property
+    def module(self) -> str:
+        """Path of the module in memory; the experts of one block share theirs."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def tensor(self) -> str:
-        """Name of the weight in memory."""
-        return f"{self.name}.weight"
+        """Name of the weight in memory: a parameter's, or one expert's part of it as `PARAMETER[EXPERT]`."""
+        return f"{self.name}.weight" if self.expert is None else f"{self.module}.down_proj[{self.expert}]"
 
     def inputs(self, activations: Tensor) -> Tensor:
         """The coordinates of the activation that editable columns see, from `[..., f]`."""

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from memscrub.errors import SignatureInvalidError
+from memscrub.provenance import Provenance
 
 SIGNATURE = "model.sig"
 REPORT = "memscrub-report.json"
@@ -47,12 +48,17 @@ def model_statement(name: str, digests: Mapping[str, str]) -> bytes:
 
 
 def test_result(
-    passed: bool, policy_digests: Mapping[str, str], passed_tests: Sequence[str], failed_tests: Sequence[str]
+    passed: bool,
+    policy_digests: Mapping[str, str],
+    passed_tests: Sequence[str],
+    failed_tests: Sequence[str],
+    provenance: Provenance | None = None,
 ) -> dict[str, Any]:
     """The predicate of https://in-toto.io/attestation/test-result/v0.1."""
+    made_from = [] if provenance is None else provenance.descriptors()
     return {
         "result": "PASSED" if passed else "FAILED",
-        "configuration": _descriptors(policy_digests),
+        "configuration": [*_descriptors(policy_digests), *made_from],
         "passedTests": list(passed_tests),
         "failedTests": list(failed_tests),
     }
@@ -72,6 +78,17 @@ def summary_result(
 
 def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(digests.items())]
+
+
+def policies_in(configuration: Any) -> dict[str, str]:
+    """The policies, name to SHA-256, of a statement's `configuration`: its entries without a `uri`."""
+    entries = [e for e in configuration if isinstance(e, dict)] if isinstance(configuration, list) else []
+    digests: dict[str, Any] = {str(e.get("name")): e.get("digest") for e in entries if "uri" not in e}
+    return {name: str(digest["sha256"]) for name, digest in digests.items() if _has_sha256(digest)}
+
+
+def _has_sha256(digest: Any) -> bool:
+    return isinstance(digest, dict) and set(digest) == {"sha256"} and _is_digest(digest["sha256"])
 
 
 def statement_bytes(subjects: Mapping[str, str], predicate_type: str, predicate: Mapping[str, Any]) -> bytes:
@@ -104,7 +121,7 @@ def check_statement(
     entries, predicate = statement.get("subject"), statement.get("predicate")
     for entry in entries if isinstance(entries, list) else []:
         digest = entry.get("digest") if isinstance(entry, dict) else None
-        if not isinstance(digest, dict) or set(digest) != {"sha256"} or not _is_digest(digest["sha256"]):
+        if not isinstance(digest, dict) or not _has_sha256(digest):
             raise SignatureInvalidError(f"{file} holds a subject without a SHA-256 digest.")
         name = entry.get("name")
         if not isinstance(name, str) or name in subjects:

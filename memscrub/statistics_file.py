@@ -44,7 +44,7 @@ def statistics_key(
     """Everything that determines the statistics, by what a user calls it; `checkpoint` are its files' digests."""
     return {
         "checkpoint": tree_digest(checkpoint),
-        "retain text": _text_digest(retain),
+        "retain text": rows_digest(retain),
         "seed": str(seed),
         "ridge": repr(ridge),
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -199,7 +199,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def _text_digest(rows: Sequence[Tensor]) -> str:
+def rows_digest(rows: Sequence[Tensor]) -> str:
     """SHA-256 of the token ids; ordinary text, so nothing is given away by it."""
     whole = hashlib.sha256()
     for part in rows:

@@ -33,6 +33,16 @@ def summarised(report: Report) -> Report:
     return replace(report, texts=texts, classes=classes)
 
 
+def rejudged(report: Report) -> Report:
+    """`summarised`, of a report with known measures that were judged anew: what samples leak stays as it states."""
+    controls, stated = by_class(report.controls), {record.name: record.leaks for record in report.classes}
+    texts = tuple(_with_odds(record, controls.get(record.class_name, [])) for record in report.texts)
+    classes = (
+        class_record(name, group, controls.get(name, []), stated.get(name)) for name, group in by_class(texts).items()
+    )
+    return replace(report, texts=texts, classes=tuple(classes))
+
+
 def by_class(records: Sequence[TextRecord]) -> Mapping[str, list[TextRecord]]:
     """Records by class, in the order in which classes first appear."""
     groups: dict[str, list[TextRecord]] = {}
@@ -41,16 +51,26 @@ def by_class(records: Sequence[TextRecord]) -> Mapping[str, list[TextRecord]]:
     return groups
 
 
-def class_record(name: str, records: Sequence[TextRecord], controls: Sequence[TextRecord]) -> ClassRecord:
-    """One class: its texts' rates, what so many samples of each give away, and its controls limit by limit."""
+def class_record(
+    name: str,
+    records: Sequence[TextRecord],
+    controls: Sequence[TextRecord],
+    leaks: tuple[LeakRecord, ...] | None = None,
+) -> ClassRecord:
+    """One class: its texts' rates, what so many samples of each give away, and its controls limit by limit.
+
+    `leaks`: what samples give away, where it is known already; resampling thousands of texts takes seconds.
+    """
     extractable = [r.latest.extractable for r in records if r.latest.extractable is not None]
-    logs = [each for each in (log_probability(r.latest) for r in records) if each is not None]
+    if leaks is None:
+        logs = [each for each in (log_probability(r.latest) for r in records) if each is not None]
+        leaks = tuple(_leak(logs, samples) for samples in SAMPLES) if logs else ()
     return ClassRecord(
         name=name,
         violated=rate(sum(r.judgement.status is Status.VIOLATED for r in records), len(records)),
         extractable=rate(sum(extractable), len(extractable)) if extractable else None,
         confirmed=sum(r.latest.confirmed for r in records),
-        leaks=tuple(_leak(logs, samples) for samples in SAMPLES) if logs else (),
+        leaks=leaks,
         controls=_limits(records, controls),
     )
 

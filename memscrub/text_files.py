@@ -20,6 +20,15 @@ from typing import IO, Any
 from memscrub.errors import ProtectedTextError
 
 FORMATS = ".txt, .jsonl, .csv (each also .gz) or .parquet"
+LONGEST_LINE = 1 << 24
+"""Bytes of a line of JSON or CSV; parsed it may take 20 times as much memory."""
+LONGEST_TEXT = 1 << 27
+"""Bytes of a line or a block of plain text, a little more counted for every line."""
+# A line costs that much beyond its characters.
+_LINE_ITSELF = 64
+# What a small packed file may unpack to: text that repeats itself packs 50 to 1, a file that is made to harm 1000 to 1.
+_UNPACKED, _RATIO = 1 << 26, 200
+BOMB = f"unpacks to more than {_RATIO} times its size; name a file that holds texts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +61,18 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise refusal(path, 1, "the file holds no text; add some, or take the file out of the policy.")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, longest: int = LONGEST_LINE) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends, decoded one by one so that a bad byte has a line."""
-    number = 0
+    number = unpacked = 0
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, 1):
+            most = most_unpacked(path)
+            for number, raw in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
+                unpacked += len(raw)
+                if len(raw) > longest:
+                    raise refusal(path, number, f"a line of more than {longest >> 20} MiB; break it into texts.")
+                if unpacked > most:
+                    raise refusal(path, number, BOMB)
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
@@ -67,6 +82,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise refusal(path, number + 1, "the compressed data is damaged; compress the file again.") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def most_unpacked(path: Path) -> int:
+    """Bytes that the texts of this file may come to before it is refused as a `BOMB`."""
+    return max(_UNPACKED, _RATIO * path.stat().st_size)
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
@@ -86,15 +106,19 @@ def _unreadable(path: Path, error: OSError) -> ProtectedTextError:
 def _txt_rows(path: Path) -> Iterator[Row]:
     """One text per block of lines; lines of nothing but white space separate blocks."""
     block: list[str] = []
-    start = 0
-    for number, line in _lines(path):
+    start = size = 0
+    for number, line in _lines(path, LONGEST_TEXT):
         content = line.removesuffix("\n").removesuffix("\r")
         if content.strip():
             start = start if block else number
             block.append(content)
+            size += len(content) + _LINE_ITSELF
+            if size > LONGEST_TEXT:
+                message = f"a text of more than {LONGEST_TEXT >> 20} MiB; part texts by an empty line."
+                raise refusal(path, start, message)
         elif block:
             yield Row({"text": "\n".join(block)}, start)
-            block = []
+            block, size = [], 0
     if block:
         yield Row({"text": "\n".join(block)}, start)
 
@@ -182,14 +206,19 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except ImportError:
         message = "reading Parquet needs an extra; run pip install 'memscrub[parquet]', or use .jsonl."
         raise ProtectedTextError(f"{path}: {message}") from None
-    number = 0
+    number = unpacked = 0
     try:
+        most = most_unpacked(path)
         with parquet.ParquetFile(os.fspath(path)) as file:
             if "text" not in file.schema_arrow.names:
                 raise refusal(path, 1, "there is no column 'text'; call the one with the texts 'text'.")
-            for batch in file.iter_batches():
+            # Few rows at a time: one long text that stands in every row is stored once.
+            for batch in file.iter_batches(batch_size=64):
                 for values in batch.to_pylist():
                     number += 1
+                    unpacked += sum(len(value) for value in values.values() if isinstance(value, str))
+                    if unpacked > most:
+                        raise refusal(path, number, BOMB)
                     yield Row(values, number)
     except arrow.ArrowException:
         raise refusal(path, number + 1, "not valid Parquet; write the file again.") from None

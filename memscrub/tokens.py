@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memscrub.errors import UsageError
+from memscrub.errors import CheckpointError, UsageError
 from memscrub.model import LoadedModel
 from memscrub.protected import Document, ProtectedText
 
@@ -24,7 +24,8 @@ class TokenText:
     """A protected text as token ids.
 
     `tokens` starts with the prompt (beginning-of-text token and the entry's own `prefix`, both given freely);
-    the text itself starts at index `start`. `secrets` are index ranges `[begin, end)` into `tokens`.
+    the text itself starts at index `start`. `secrets` are index ranges `[begin, end)` into `tokens`. `file` and `line`
+    say where the text stands in its list, for texts from one.
     """
 
     id: str
@@ -32,6 +33,8 @@ class TokenText:
     tokens: tuple[int, ...] = field(repr=False)
     start: int
     secrets: tuple[tuple[int, int], ...] = ()
+    file: str | None = None
+    line: int | None = None
 
     @property
     def length(self) -> int:
@@ -56,6 +59,8 @@ def _tokenize_one(loaded: LoadedModel, text: ProtectedText, known: dict[int, int
     before = text.prefix or ""
     encoded = loaded.tokenizer(before + text.text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    check_ids(loaded, ids)
+    _check_known(loaded, text, ids)
     shift = len(loaded.prompt)
     # One object per token id in all texts, not one per token: 8 bytes a token instead of 40.
     tokens = loaded.prompt + tuple(known.setdefault(i, i) for i in ids)
@@ -70,7 +75,27 @@ def _tokenize_one(loaded: LoadedModel, text: ProtectedText, known: dict[int, int
         inside = [i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b]
         if inside and inside[-1] + shift > 0:  # nothing predicts the very first token
             secrets.append((inside[0] + shift, inside[-1] + 1 + shift))
-    return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets))
+    return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets), text.file, text.line)
+
+
+def _check_known(loaded: LoadedModel, text: ProtectedText, ids: Sequence[int]) -> None:
+    # A tokenizer that is not the model's own makes every text look harmless.
+    unknown = getattr(loaded.tokenizer, "unk_token_id", None)
+    if not ids or 2 * sum(token == unknown for token in ids) > len(ids):
+        raise UsageError(
+            f"{text.file}:{text.line}: the checkpoint's tokenizer knows hardly anything of the text '{text.id}', so"
+            " nothing can be measured; check that the tokenizer files belong to this checkpoint."
+        )
+
+
+def check_ids(loaded: LoadedModel, ids: Sequence[int]) -> None:
+    """Raise CheckpointError for token ids that the model has no vectors for: its tokenizer is another model's."""
+    largest = max((*ids, *loaded.prompt), default=0)
+    if largest >= loaded.vocabulary:
+        raise CheckpointError(
+            f"the tokenizer gives the token id {largest}, but the model knows {loaded.vocabulary} tokens; check that"
+            " the tokenizer files belong to this checkpoint."
+        )
 
 
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -106,6 +131,7 @@ def blocks(loaded: LoadedModel, documents: Sequence[Document], *, width: int = 2
             break
         text = "\n\n" + document.text if stream else document.text
         stream += loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_ids(loaded, stream)
     stream = stream if limit is None else stream[: max(limit, 2)]
     width = min(width, max(1, len(stream)))
     count = len(stream) // width

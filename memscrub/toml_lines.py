@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,16 @@ else:
 
 # A longer value is taken for the whole rest: its line may then be that of a statement before it.
 MAX_TRIES = 100
+MAX_PARTS = 32
+"""Parts of a dotted key. A parser's time grows with their square: 64 KiB of `a.a.a...` take it a minute."""
+
+_MANY_PARTS = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_PARTS}}}""", re.ASCII)
+
+
+def line_of_endless_key(text: str) -> int | None:
+    """The line of the first key of more than `MAX_PARTS` dotted parts, which is not worth parsing; None without one."""
+    found = _MANY_PARTS.search(text)
+    return None if found is None else text.count("\n", 0, found.start()) + 1
 
 
 def line_of(text: str, keys: Sequence[str | int]) -> int:

@@ -5,8 +5,8 @@
         ...                       # measure partial.path, write the report into it, sign it
         partial.commit()          # only now does `out` exist, complete
 
-Whole files are copied and the byte ranges of the edited tensors overwritten in the copy, so that headers,
-metadata, tensor order and every other tensor are the original's, whatever wrote them.
+Every byte outside the ranges of the edited tensors is copied from the original, so that headers, metadata, tensor
+order and every other tensor are the original's, whatever wrote them. Files are written side by side.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memscrub.checkpoint import Checkpoint, TensorInfo
 from memscrub.errors import CheckpointError, IncompleteError, NumericalError, OutputError, UsageError
-from memscrub.files import CHUNK, read_range
+from memscrub.files import CHUNK, copy_range, read_range, write_all
 from memscrub.partial import PartialDirectory, disk_errors, refuse_overlap
+from memscrub.vector_changes import Read, changes
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -40,13 +42,17 @@ _OTHER_WEIGHTS = (
     ".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".nemo",
 )  # fmt: skip
 
+# Files written side by side: what keeps a disk and the hashing busy.
+_THREADS = 4
+
 
 @dataclass(frozen=True)
 class TensorChange:
     """What differs between two versions of one tensor.
 
     `rows_changed` counts the vectors along the last axis that differ anywhere, `columns_changed` those along
-    the last but one, per leading index (such as an expert); a one-dimensional tensor counts as one row.
+    the last but one, per leading index (such as an expert); a one-dimensional tensor counts as one row. `rows` and
+    `columns` say which these are, as `vector_changes.ranges` writes them.
     """
 
     name: str
@@ -58,6 +64,8 @@ class TensorChange:
     columns_changed: int
     sha256_before: str
     sha256_after: str
+    rows: str = ""
+    columns: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,8 @@ def write_checkpoint(ckpt: Checkpoint, out: Path, edited: Mapping[str, Values]) 
     """Write `ckpt` with the `edited` tensors to the new or existing directory `out`.
 
     Values may have any float dtype and are stored in the tensor's original one. A callable is called twice,
-    once to check it before anything is written and once to write it, so that only one tensor is in memory.
+    once to check it before anything is written and once to write it, so that one tensor for each of a few threads
+    is in memory.
 
     Raises:
         UsageError: an unknown tensor, a tensor that is not of floats, or a wrong shape; nothing was written.
@@ -92,16 +101,15 @@ def write_checkpoint(ckpt: Checkpoint, out: Path, edited: Mapping[str, Values]) 
     for name in kept:
         if os.path.lexists(out / name):
             raise OutputError(f"{out / name} exists already; choose a new directory.")
-    digests = {name: hashlib.sha256(_checked_bytes(ckpt, name, edited[name])).hexdigest() for name in edited}
+    sums = {name: _sum(_checked_bytes(ckpt, name, edited[name])) for name in edited}
     _check_space(ckpt, kept, out)
     with disk_errors(out):
         for name in kept:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ckpt.path / name, out / name)  # follows links: the copy is always a regular file
-        changes = tuple(
-            _replace(ckpt, out, name, edited[name], digests[name]) for name in ckpt.tensors if name in edited
-        )
+        found = _in_threads(lambda name: _write_file(ckpt, out, name, edited, sums), kept)
         size = sum((out / name).stat().st_size for name in kept)
+    by_name = {change.name: change for each in found for change in each}
+    changes = tuple(by_name[name] for name in ckpt.tensors if name in edited)
     rewritten = tuple(sorted({change.shard for change in changes}))
     copied = tuple(name for name in kept if name not in rewritten)
     left_out = tuple(name for name in ckpt.files if name not in kept)
@@ -117,16 +125,20 @@ def changed_tensors(base: Checkpoint, other: Checkpoint) -> list[TensorChange]:
     for name in sorted(base.tensors.keys() ^ other.tensors.keys()):
         holder = base if name in base.tensors else other
         raise CheckpointError(f"Tensor {name!r} is only in {holder.path}; the two checkpoints are not comparable.")
-    changes: list[TensorChange] = []
+    found: list[TensorChange] = []
     for name, new in sorted(other.tensors.items()):
         old = base.tensors[name]
         if (old.dtype, old.shape) != (new.dtype, new.shape):
             raise CheckpointError(f"Tensor {name!r} differs in dtype or shape; the two checkpoints are not comparable.")
-        before, after = _digest(base, old), _digest(other, new)
+        before, after = tensor_digest(base, old), tensor_digest(other, new)
         if before != after:
-            counts = _count_changes(_bytes(base, old), _bytes(other, new), new)
-            changes.append(TensorChange(name, new.shard, new.dtype, new.shape, *counts, before, after))
-    return changes
+            found.append(_change(reader(base, old), reader(other, new), new, before, after))
+    return found
+
+
+def reader(ckpt: Checkpoint, info: TensorInfo) -> Read:
+    """The bytes of a stored tensor, counted from its first, read when asked for."""
+    return lambda begin, end: read_range(ckpt.path / info.shard, info.begin + begin, info.begin + end)
 
 
 def is_kept(name: str, ckpt: Checkpoint) -> bool:
@@ -150,21 +162,70 @@ def _check_space(ckpt: Checkpoint, names: tuple[str, ...], out: Path) -> None:
         raise IncompleteError(f"{out} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; free some space.")
 
 
-def _replace(ckpt: Checkpoint, out: Path, name: str, value: Values, promised: str) -> TensorChange:
-    """Overwrite one tensor's bytes in the copied shard."""
-    info = ckpt.tensors[name]
-    new = _checked_bytes(ckpt, name, value)
-    if hashlib.sha256(new).hexdigest() != promised:
-        raise IncompleteError(f"The new values of {name} changed while they were written; run again.")
-    old = _bytes(ckpt, info)
-    with (out / info.shard).open("r+b") as file:
-        file.seek(info.begin)
-        file.write(new)
-    before = hashlib.sha256(old).hexdigest()
-    return TensorChange(name, info.shard, info.dtype, info.shape, *_count_changes(old, new, info), before, promised)
+def _write_file(
+    ckpt: Checkpoint, out: Path, name: str, edited: Mapping[str, Values], sums: Mapping[str, int]
+) -> list[TensorChange]:
+    """Write one file: new bytes where tensors were edited, the original's everywhere else."""
+    inside = [info for info in ckpt.tensors.values() if info.shard == name and info.name in edited]
+    changes = []
+    # The path follows links: the copy is always a regular file.
+    with (ckpt.path / name).open("rb", buffering=0) as source, (out / name).open("xb", buffering=0) as target:
+        at = 0
+        for info in sorted(inside, key=lambda info: info.begin):
+            copy_range(source, target, at, info.begin)
+            new = _checked_bytes(ckpt, info.name, edited[info.name])
+            if _sum(new) != sums[info.name]:
+                raise IncompleteError(f"The new values of {info.name} changed while they were written; run again.")
+            write_all(target, new)
+            changes.append(_compared(_bytes(ckpt, info), new, info))
+            at = info.end
+        copy_range(source, target, at, os.fstat(source.fileno()).st_size)
+    return changes
 
 
-def _checked_bytes(ckpt: Checkpoint, name: str, value: Values) -> bytearray:
+def _in_threads(work: Callable[[str], list[TensorChange]], names: Sequence[str]) -> list[list[TensorChange]]:
+    """Do the work for every name, large files side by side; after a failure nothing more is begun."""
+    with ThreadPoolExecutor(max_workers=min(_THREADS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(work, name) for name in names]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _compared(old: bytearray, new: memoryview, info: TensorInfo) -> TensorChange:
+    digests = (hashlib.sha256(data).hexdigest() for data in (old, new))
+    one, other = (lambda begin, end, view=view: view[begin:end] for view in (memoryview(old), new))
+    return _change(one, other, info, *digests)
+
+
+def _sum(data: memoryview) -> int:
+    """A number that tells whether a callable gave other values: it guards against mistakes, not against anybody."""
+    import numpy as np
+
+    words = len(data) // 8 * 8
+    return int(np.frombuffer(data[:words], dtype=np.uint64).sum()) + sum(data[words:])
+
+
+def _change(old: Read, new: Read, info: TensorInfo, before: str, after: str) -> TensorChange:
+    found = changes(old, new, info.shape, info.element_bytes, info.end - info.begin)
+    return TensorChange(
+        name=info.name,
+        shard=info.shard,
+        dtype=info.dtype,
+        shape=info.shape,
+        elements_changed=found.elements,
+        rows_changed=found.rows_changed,
+        columns_changed=found.columns_changed,
+        sha256_before=before,
+        sha256_after=after,
+        rows=found.rows,
+        columns=found.columns,
+    )
+
+
+def _checked_bytes(ckpt: Checkpoint, name: str, value: Values) -> memoryview:
     """The little-endian bytes of an edited tensor in its original dtype."""
     import torch
 
@@ -184,14 +245,15 @@ def _checked_bytes(ckpt: Checkpoint, name: str, value: Values) -> bytearray:
         finite = bool(torch.isfinite(tensor).all())
         why = f"are too large for {info.dtype}" if finite else "contain NaN or infinity"
         raise NumericalError(f"The new values of {name} {why}; nothing was written.")
-    return bytearray(stored.reshape(-1).view(torch.uint8).numpy())
+    return stored.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _bytes(ckpt: Checkpoint, info: TensorInfo) -> bytearray:
     return read_range(ckpt.path / info.shard, info.begin, info.end)
 
 
-def _digest(ckpt: Checkpoint, info: TensorInfo) -> str:
+def tensor_digest(ckpt: Checkpoint, info: TensorInfo) -> str:
+    """SHA-256 of a stored tensor's bytes, in small pieces. Raises IncompleteError where they cannot be read."""
     digest, left = hashlib.sha256(), info.end - info.begin
     try:
         with (ckpt.path / info.shard).open("rb") as file:
@@ -202,23 +264,3 @@ def _digest(ckpt: Checkpoint, info: TensorInfo) -> str:
     except OSError as problem:
         raise IncompleteError(f"{info.shard} cannot be read: {problem.strerror}.") from problem
     return digest.hexdigest()
-
-
-def _count_changes(old: bytearray, new: bytearray, info: TensorInfo) -> tuple[int, int, int]:
-    """Elements, rows and columns (see `TensorChange`) whose bytes differ; exact also for -0.0 and NaN."""
-    import torch
-
-    if not old:
-        return 0, 0, 0
-    width = info.element_bytes
-    shape = info.shape if len(old) == width * torch.Size(info.shape).numel() else (len(old) // width,)
-    rows, columns = (shape[-2] if len(shape) > 1 else 1), (shape[-1] if shape else 1)
-    before = torch.frombuffer(old, dtype=torch.uint8).view(-1, rows, columns, width)
-    after = torch.frombuffer(new, dtype=torch.uint8).view(-1, rows, columns, width)
-    elements = changed_rows = changed_columns = 0
-    for one, other in zip(before, after, strict=True):  # one matrix (expert) at a time bounds the memory
-        differs = (one != other).any(dim=-1)
-        elements += int(differs.sum())
-        changed_rows += int(differs.any(dim=1).sum())
-        changed_columns += int(differs.any(dim=0).sum())
-    return elements, changed_rows, changed_columns

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -67,6 +68,23 @@ def tiny_checkpoint(
     return path
 
 
+def memorizing_checkpoint(
+    path: Path, config: Any, texts: Sequence[str], tokenizer: Any = None, steps: int = 120
+) -> Path:
+    """A model of any configuration, overfit on texts and a little ordinary text; the word-level tokenizer if none."""
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = len(WORDS) + 1, None, None
+        model = AutoModelForCausalLM.from_config(config)
+        _overfit(model, texts, steps, begin=tokenizer is None)
+    finally:
+        torch.random.set_rng_state(state)
+    model.save_pretrained(path)
+    (_tokenizer(begin=True) if tokenizer is None else tokenizer).save_pretrained(path)
+    return path
+
+
 def opened(path: Path, dtype: str = "float32") -> LoadedModel:
     """The checkpoint as memscrub loads it, on the CPU."""
     return load_model(open_checkpoint(path), device="cpu", dtype=dtype)
@@ -93,6 +111,11 @@ def ordinary_rows(seed: int, rows: int, width: int) -> Tensor:
         noise = torch.randint(len(WORDS), (rows,), generator=generator)
         columns.append(torch.where(torch.rand(rows, generator=generator) < 0.2, noise, following))
     return torch.stack(columns, dim=1)
+
+
+def ordinary_text(seed: int, length: int) -> str:
+    """One row of `ordinary_rows` in words."""
+    return " ".join(WORDS[number] for number in ordinary_rows(seed, 1, length)[0].tolist())
 
 
 def ids_of(text: str) -> list[int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from models import opened, random_text, tiny_checkpoint, token_text
 
-from memscrub.ceilings import NEVER, with_ceilings
+from memscrub.ceilings import with_ceilings
+from memscrub.control_limits import NEVER
 from memscrub.errors import PolicyError
 from memscrub.measure import measure
 from memscrub.model import LoadedModel

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
 from memscrub.checkpoint import (
@@ -24,7 +27,7 @@ from memscrub.checkpoint import (
     read_tensor,
     tree_digest,
 )
-from memscrub.errors import CheckpointError, ExitCode
+from memscrub.errors import CheckpointError
 from memscrub.files import is_safe_name, sha256_file, strict_json
 from memscrub.safetensors_header import parse_header, read_header
 
@@ -155,30 +158,6 @@ def test_a_local_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytes
     assert open_checkpoint("owner/name").path == (tmp_path / "owner" / "name").resolve()
 
 
-def test_a_hub_id_asks_for_the_revision_and_never_for_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(single(tmp_path / "snapshot"))
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    open_checkpoint("owner/name@v1.0")
-    assert (asked["repo_id"], asked["revision"]) == ("owner/name", "v1.0")
-    assert not {"*", "*.bin", "*.pt", "*.py"} & set(asked["allow_patterns"])
-    assert {"*.bin", "*.pt", "*.py"} <= set(asked["ignore_patterns"])
-
-
-def test_offline_hub_ids_give_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match="could not be fetched") as caught:
-        open_checkpoint("no-such-owner-xyz/no-such-model")
-    assert caught.value.exit_code is ExitCode.USAGE and "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("source", ["", "missing", "/nowhere/at/all", "a b/c", "x\0y", "owner/name/more"])
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -227,6 +206,8 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         ("pytorch_model.bin", "pickled.*save_pretrained"),
         ("consolidated.00.pth", "pickled"),
         ("m.gguf", "GGUF"),
+        ("tf_model.h5", "TensorFlow or Flax.*transformers 4"),
+        ("flax_model.msgpack", "TensorFlow or Flax.*from_flax"),
     ],
 )
 def test_weights_in_other_formats_are_refused_with_advice(tmp_path: Path, name: str, match: str) -> None:
@@ -235,14 +216,56 @@ def test_weights_in_other_formats_are_refused_with_advice(tmp_path: Path, name: 
     refuse(root, match)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "sharded"])
+def test_the_line_that_converts_pickled_weights_works_as_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "it's old", "llama", seed=0, dtype=torch.bfloat16)
+    weights = load_file(source / SINGLE)
+    (source / SINGLE).unlink()
+    if name == "sharded":
+        halves = {"a-1.bin": sorted(weights)[::2], "a-2.bin": sorted(weights)[1::2]}
+        for file, names in halves.items():
+            torch.save({each: weights[each] for each in names}, source / file)
+        index = {"metadata": {}, "weight_map": {each: file for file, names in halves.items() for each in names}}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, source / name)
+    with pytest.raises(CheckpointError, match="never loads") as caught:
+        open_checkpoint(source)
+    command, option, code, *arguments = shlex.split(str(caught.value).partition("use NEW: ")[2])
+    assert (command, option, arguments) == ("python", "-c", [str(source), "NEW"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [option, *arguments])
+    exec(code, {})
+    converted = open_checkpoint(tmp_path / "NEW")
+    assert set(converted.tensors) == set(weights) and "tokenizer.json" in converted.files
+    assert all(torch.equal(read_tensor(converted, each), weights[each]) for each in weights)
+
+
 def test_an_adapter_is_refused_with_advice(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    refuse(tmp_path, "merge_and_unload")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    refuse(tmp_path, "is an adapter and not a whole checkpoint; scan it with `memscrub scan org/base --adapter")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x; rm -rf /"}')
+    refuse(tmp_path, "memscrub scan BASE --adapter")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
-def test_quantized_weights_are_refused_with_advice(tmp_path: Path, method: str) -> None:
-    refuse(single(tmp_path / "m", {"quantization_config": {"quant_method": method}}), f"quantized .{method}")
+def test_an_adapter_beside_the_weights_is_ambiguous(tmp_path: Path) -> None:
+    root = single(tmp_path / "m")
+    (root / "adapter_config.json").write_text('{"base_model_name_or_path": "/somewhere/else"}')
+    refuse(root, r"holds both config\.json and adapter_config\.json")
+
+
+@pytest.mark.parametrize(("method", "shown"), [("gptq", "GPTQ"), ("awq", "AWQ"), ("bitsandbytes", "bitsandbytes")])
+def test_quantized_weights_are_refused_with_advice(tmp_path: Path, method: str, shown: str) -> None:
+    root = single(tmp_path / "m", {"quantization_config": {"quant_method": method}})
+    refuse(root, rf"quantized \({shown}\), which memscrub does not read; fix the original")
+
+
+def test_quantized_weights_that_can_be_written_in_full_are_refused_with_the_command(tmp_path: Path) -> None:
+    root = single(tmp_path / "m", {"quantization_config": {"quant_method": "fp8"}})
+    refuse(root, f"`memscrub dequantize {root} --out NEW`")
+    assert open_checkpoint(root, quantized=True).tensors
 
 
 def test_remote_code_is_ignored_and_not_refused(tmp_path: Path) -> None:

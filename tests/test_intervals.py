@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import NumericalError, UsageError
-from memscrub.intervals import Interval, auc, bootstrap, bootstrap_auc, bootstrap_mean, wilson
+from memscrub.intervals import Interval, auc, bootstrap, bootstrap_auc, bootstrap_mean, upper_bound, wilson
 
 VALUES = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
 
@@ -152,3 +152,37 @@ def test_what_makes_no_interval_is_refused() -> None:
         bootstrap_auc([1.0], [math.nan])
     with pytest.raises(NumericalError):
         bootstrap_mean([1.0, math.nan])
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "level", "bound"),
+    [
+        (0, 299, 0.95, 0.00997),  # no hit in n: 1 - 0.05 ** (1 / n), the rule of three
+        (0, 1, 0.95, 0.95),
+        (1, 20, 0.95, 0.2161),
+        (1, 29, 0.975, 0.1776),  # Newcombe 1998, table I, method 5, whose two-sided 95% has this upper end
+        (15, 148, 0.975, 0.1617),
+        (5, 5, 0.9, 1.0),
+        (0, 0, 0.95, 1.0),
+    ],
+)
+def test_the_upper_bound_is_the_published_exact_one(hits: int, count: int, level: float, bound: float) -> None:
+    assert upper_bound(hits, count, level=level) == pytest.approx(bound, abs=6e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.floats(0.01, 0.99), st.sampled_from([0.5, 0.9, 0.95]))
+def test_the_true_rate_is_above_the_bound_no_more_often_than_stated(count: int, rate: float, level: float) -> None:
+    missed = sum(
+        math.comb(count, hits) * rate**hits * (1 - rate) ** (count - hits)
+        for hits in range(count + 1)
+        if upper_bound(hits, count, level=level) < rate
+    )
+    assert missed <= 1 - level + 1e-9
+
+
+def test_an_upper_bound_of_thousands_is_quick_and_impossible_ones_are_refused() -> None:
+    assert upper_bound(5_000, 10_000) == pytest.approx(0.5 + 1.645 * 0.005, abs=2e-4)
+    for hits, count, level in ((2, 1, 0.95), (-1, 1, 0.95), (0, 1, 1.0), (0, 1, math.nan)):
+        with pytest.raises(UsageError):
+            upper_bound(hits, count, level=level)

@@ -17,9 +17,10 @@ from memscrub.locality import Locality, within
 from memscrub.locality_limits import broken_benign, broken_neighbours
 from memscrub.policy import parse_policy
 from memscrub.policy_sections import Locality as Limits
-from memscrub.records import Ordinary, benign_record, broken_locality, locality_record
+from memscrub.records import benign_record, locality_record
 from memscrub.report import REPORT_NAME, NeighbourRecord
 from memscrub.signing import Verification
+from memscrub.standing import Ordinary, broken_locality
 from memscrub.verdict import Outcome, decide
 
 GOOD = Locality(tokens=1000, kl=0.001, worst_kl=0.02, start_kl=0.001, agreement=0.98, perplexity_ratio=1.001)
@@ -118,17 +119,16 @@ def test_where_texts_are_left_over_the_limit_that_stopped_the_edit_is_named_once
 
 def test_the_gate_holds_the_signed_figures_against_its_own_policy(tmp_path: Path) -> None:
     verification = Verification("0", "key", {REPORT_NAME: "0"}, (), None)
-    (tmp_path / REPORT_NAME).write_text(
-        replace(SMALL, locality=ORDINARY.locality, neighbours=ORDINARY.neighbours, benign=ORDINARY.benign).to_json()
-    )
-    stated, remarks = _signed_ordinary(tmp_path, verification, LIMITS)
+    signed = replace(SMALL, locality=ORDINARY.locality, neighbours=ORDINARY.neighbours, benign=ORDINARY.benign)
+    (tmp_path / REPORT_NAME).write_text(signed.to_json())
+    stated, remarks = _signed_ordinary(tmp_path, signed, verification, LIMITS)
     assert stated == ORDINARY and remarks == []
-    strict, _ = _signed_ordinary(tmp_path, verification, Limits(max_worst_kl=0.01))
+    strict, _ = _signed_ordinary(tmp_path, signed, verification, Limits(max_worst_kl=0.01))
     assert "max_worst_kl" in broken_locality(strict)[0]
-    nothing, remarks = _signed_ordinary(tmp_path, None, LIMITS)
+    nothing, remarks = _signed_ordinary(tmp_path, None, None, LIMITS)
     assert nothing == Ordinary(None, None, None) and "not believed" in remarks[0]
-    (tmp_path / REPORT_NAME).write_text(replace(SMALL, neighbours=None, benign=None).to_json())
-    _, remarks = _signed_ordinary(tmp_path, verification, LIMITS)
+    silent = replace(signed, neighbours=None, benign=None)
+    _, remarks = _signed_ordinary(tmp_path, silent, verification, LIMITS)
     assert [word for word in ("neighbours", "benign") if not any(word in remark for remark in remarks)] == []
 
 
@@ -140,3 +140,15 @@ def test_a_limit_on_neighbours_needs_neighbours() -> None:
     assert policy.locality.min_neighbours_kept == 0.9
     locality = parse_policy(text.encode()).locality
     assert (locality.max_worst_kl, locality.min_neighbours_kept, locality.max_degenerate) == (None, None, 0.05)
+
+
+def test_the_sign_test_of_many_prompts_is_quick_and_agrees_with_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(newly: int, after: int) -> bool:
+        return bool(broken_benign(10_000, 0, after, newly, 0.0, "degenerate"))
+
+    exact = [broken(newly, 2 * newly - 900) for newly in range(450, 500)]
+    monkeypatch.setattr("memscrub.locality_limits._MANY", 100)
+    assert [broken(newly, 2 * newly - 900) for newly in range(450, 500)] == exact
+    assert 0 < sum(exact) < 50
+    assert broken_benign(10**9, 0, 10**9, 10**9, 0.5, "degenerate")  # as a report from elsewhere may state
+    assert broken_benign(10, 0, 9, 3, 0.5, "degenerate")  # more faults than were gained: counts that cannot be

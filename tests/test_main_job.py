@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ci_runner import github
 
 from memscrub.checkpoint import digest_files
 from memscrub.demo import lay_out
@@ -51,6 +52,15 @@ def test_scan_and_gate_fail_on_the_original_and_pass_on_the_fixed_directory(demo
     passed = run("gate", demo / "scrubbed", "--policy", policy, "--key", demo / "key.pub.pem")
     assert passed.returncode == 0, passed.stderr
     assert "signature good" in passed.stderr
+
+
+def test_the_github_action_is_red_on_the_original_and_green_on_the_fixed_directory(demo: Path, tmp_path: Path) -> None:
+    steps = ("Gate", "Reports for people and tools", "Verdict")
+    before = github(demo, tmp_path / "before", {"checkpoint": "checkpoint", "policy": "policy.toml"}, steps)
+    assert not before.green and before.outputs["exit-code"] == "1", before.printed
+    fixed = {"checkpoint": "scrubbed", "policy": "policy.toml", "key": "key.pub.pem"}
+    after = github(demo, tmp_path / "after", fixed, steps)
+    assert after.green and after.outputs["exit-code"] == "0", after.printed
 
 
 def test_locality_of_the_embedded_checkpoint_is_as_good_as_promised(demo: Path) -> None:

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from memscrub.errors import ExitCode, OutputError, SignatureInvalidError, UsageError
 from memscrub.files import sha256_file
-from memscrub.keys import load_private_key
+from memscrub.keys import key_id_of, load_private_key, load_public_key
+from memscrub.provenance import Provenance, read_provenance
 from memscrub.signing import Verification, generate_keypair, sign_directory, sign_report, verify_directory
 from memscrub.statements import (
     REPORT,
@@ -224,9 +225,10 @@ def test_a_password_is_needed_exactly_where_one_was_set(model: Path, tmp_path: P
     sign_directory(model, locked, password="hunter2")
     assert verify_directory(model, public)
     for key, password, match in (
-        (locked, None, "give its password"),
-        (locked, "no", "wrong"),
-        (plain, "x", "give no"),
+        (locked, None, "is encrypted; set MEMSCRUB_KEY_PASSWORD"),
+        (locked, "no", f"passphrase of .*{locked.name} is wrong"),
+        (locked, "", "is encrypted; set MEMSCRUB_KEY_PASSWORD"),
+        (plain, "x", "not encrypted; unset MEMSCRUB_KEY_PASSWORD"),
     ):
         with pytest.raises(UsageError, match=match):
             sign_directory(model, key, password=password)
@@ -306,3 +308,132 @@ def test_our_bundle_has_the_form_of_the_format(model: Path, keys: tuple[Path, Pa
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert statement["subject"] == [{"name": "out", "digest": {"sha256": digest}}]
     assert statement["predicate"]["serialization"]["hash_type"] == "sha256"
+
+
+BASE = "cd" * 32
+MADE_FROM = Provenance(
+    base=BASE,
+    protected="ef" * 32,
+    patch="12" * 32,
+    run={"seed": "9223372036854775807", "device": "cpu", "dtype": "float32"},
+    packages={"memscrub": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6"},
+)
+STATED = {
+    "input": {"sha256": BASE},
+    "policy": {"sha256": "ab" * 32},
+    "protected": {"hmac_sha256": "ef" * 32},
+    "edit": {"patch_sha256": "12" * 32},
+    "environment": {
+        "seed": 2**63 - 1, "device": "cpu", "dtype": "float32", "memscrub": "0.1.0", "torch": "2.13.0+cpu",
+    },
+}  # fmt: skip
+
+
+def sign_made_from(root: Path, private: Path, report: dict[str, Any], made_from: Provenance = MADE_FROM) -> None:
+    (root / REPORT).write_text(json.dumps(report))
+    sign_directory(root, private)
+    sign_report(root / REPORT, private, passed=True, policy_digests=POLICY, provenance=made_from)
+
+
+def test_the_statement_binds_what_the_run_was_made_from(model: Path, keys: tuple[Path, Path]) -> None:
+    sign_made_from(model, keys[0], STATED)
+    found = verify_directory(model, keys[1])
+    assert found.provenance == MADE_FROM
+    configuration = found.statements[0].predicate["configuration"]
+    assert {"name": "base", "uri": "urn:memscrub:base-checkpoint", "digest": {"sha256": BASE}} in configuration
+    assert {"name": "torch", "uri": "pkg:pypi/torch@2.13.0%2Bcpu"} in configuration
+    # in-toto asks of every descriptor that it has one of these.
+    assert all({"uri", "digest", "content"} & entry.keys() for entry in configuration)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "fact"),
+    [
+        ("input", "sha256", "the base checkpoint"),
+        ("policy", "sha256", "the policy"),
+        ("protected", "hmac_sha256", "the protected list"),
+        ("edit", "patch_sha256", "the patch"),
+        ("environment", "seed", "the seed"),
+        ("environment", "device", "the device"),
+        ("environment", "dtype", "the dtype"),
+        ("environment", "memscrub", "the version of memscrub"),
+        ("environment", "torch", "the version of torch"),
+    ],
+)
+@pytest.mark.parametrize("other", ["another", None, 0, ["a"]])
+def test_a_report_and_a_statement_that_disagree_are_refused(
+    model: Path, tmp_path: Path, section: str, key: str, fact: str, other: Any
+) -> None:
+    private, public = make_keys(tmp_path)
+    sign_made_from(model, private, STATED | {section: {**STATED[section], key: other}})
+    with pytest.raises(SignatureInvalidError, match=f"do not agree on {fact}") as caught:
+        verify_directory(model, public)
+    assert "another" not in str(caught.value)
+
+
+@pytest.mark.parametrize("report", [{}, {name: None for name in STATED}, STATED | {"edit": [1]}])
+def test_a_report_that_says_nothing_disagrees(model: Path, tmp_path: Path, report: dict[str, Any]) -> None:
+    private, public = make_keys(tmp_path)
+    sign_made_from(model, private, report)
+    with pytest.raises(SignatureInvalidError, match="do not agree on"):
+        verify_directory(model, public)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        None,
+        {},
+        ["x"],
+        [{"uri": 7}],
+        [{"uri": "urn:memscrub:base-checkpoint", "digest": {"sha256": "xy"}}],
+        [{"uri": "urn:memscrub:base-checkpoint", "digest": {"sha512": BASE}}],
+        [{"uri": "urn:memscrub:base-checkpoint", "digest": {"sha256": BASE}}],
+        [{"uri": "urn:memscrub:base-checkpoint", "digest": {"sha256": BASE}}] * 2,
+        [*MADE_FROM.descriptors(), {"uri": "pkg:pypi/torch@2.13.0%2Bcpu"}],
+        [
+            entry if entry["name"] != "run" else {**entry, "annotations": {"seed": 1}}
+            for entry in MADE_FROM.descriptors()
+        ],
+    ],
+)
+def test_a_malformed_configuration_is_refused(configuration: Any) -> None:
+    with pytest.raises(ValueError, match="configuration"):
+        read_provenance(configuration)
+
+
+def test_a_statement_of_before_it_named_a_base_is_read_as_naming_none() -> None:
+    assert read_provenance([{"name": "policy.toml", "digest": {"sha256": BASE}}]) is None
+    assert read_provenance(MADE_FROM.descriptors()) == MADE_FROM
+
+
+def test_a_pinned_key_is_the_only_one_that_counts(model: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    sign(model, keys[0])
+    own = load_public_key(keys[1]).key_id
+    for spelling in (own, f"sha256:{own}", f" SHA256:{own.upper()}\n"):
+        assert verify_directory(model, keys[1], key_id=spelling).key_id == own
+    other = generate_keypair(tmp_path / "o.pem", tmp_path / "o.pub")
+    with pytest.raises(SignatureInvalidError, match="is the one that counts"):
+        verify_directory(model, keys[1], key_id=other)
+    for bad in ("", "sha256:", own[:-1], f"md5:{own}", "g" * 64):
+        with pytest.raises(UsageError, match="is no key id"):
+            verify_directory(model, keys[1], key_id=bad)
+
+
+def test_a_new_key_pair_tells_its_id_and_the_id_is_that_of_the_format(tmp_path: Path) -> None:
+    import hashlib
+
+    told = generate_keypair(tmp_path / "k.pem", tmp_path / "k.pub")
+    assert (
+        told
+        == load_public_key(tmp_path / "k.pub").key_id
+        == hashlib.sha256((tmp_path / "k.pub").read_bytes()).hexdigest()
+    )
+    assert key_id_of(f"sha256:{told}") == told
+
+
+def test_a_report_on_very_many_texts_is_no_forgery(model: Path, tmp_path: Path) -> None:
+    private, public = make_keys(tmp_path)
+    (model / REPORT).write_text(json.dumps({"texts": "x" * (65 << 20)}))
+    sign(model, private)
+    assert verify_directory(model, public).result == "PASSED"

@@ -322,7 +322,7 @@ def test_a_kept_partial_directory_can_be_resumed_from_its_journal(tmp_path: Path
         (partial.path / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out.lock", "out.partial"]
-    with PartialDirectory(tmp_path / "out", resume=["journal"]) as partial:
+    with PartialDirectory(tmp_path / "out", resume=lambda path: ["journal"]) as partial:
         assert contents(partial.path) == {"journal": b"done: 3"}
     assert names(tmp_path) == []
 
@@ -471,19 +471,36 @@ def test_disk_failures_become_one_sentence(code: int, error: type[Exception], ma
 def test_a_disk_that_fills_up_while_copying_leaves_no_output(
     ckpt: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, before, left = shutil.copyfile, digest_files(ckpt), [2]
+    copy, before, left = os.copy_file_range, digest_files(ckpt), [2]
 
-    def filling(source: Path, target: Path) -> Any:
+    def filling(source: int, target: int, count: int, at: int, to: int) -> int:
         if left[0] == 0:
-            target.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            copy(source, target, min(count, 4), at, to)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left[0] -= 1
-        return copy(source, target)
+        return copy(source, target, count, at, to)
 
-    monkeypatch.setattr(shutil, "copyfile", filling)
+    monkeypatch.setattr(os, "copy_file_range", filling)
     with pytest.raises(IncompleteError, match="No space"), PartialDirectory(tmp_path / "out") as partial:
         write_checkpoint(ckpt, partial.path, {})
     assert names(tmp_path) == ["in"] and digest_files(ckpt) == before
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_a_file_system_that_cannot_copy_by_itself_gives_the_same_bytes(
+    ckpt: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    calls = []
+
+    def unable(*arguments: int) -> int:
+        calls.append(arguments)
+        if code is not None:
+            raise OSError(code, os.strerror(code))
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", unable)
+    write_checkpoint(ckpt, tmp_path / "out", {})
+    assert calls and contents(tmp_path / "out") == contents(ckpt.path)
 
 
 def test_too_little_space_is_noticed_before_the_first_byte(

@@ -63,6 +63,11 @@ def refuse(root: Path, workshop: Path, match: str, key: str = "signer.pub") -> N
     assert "\n" not in str(caught.value)
 
 
+def write(path: Path, value: Any) -> None:
+    """Spelled as signatures are, so that what is refused is the content."""
+    path.write_text(json.dumps(value, separators=(",", ":")))
+
+
 def flip(path: Path, position: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[position % len(data)] ^= 1 << bit
@@ -145,7 +150,7 @@ def test_a_strangers_signature_with_the_signers_key_id_is_refused(model: Path, w
     (model / SUMMARY_ENVELOPE).unlink()
     sign_directory(model, workshop / "stranger.pem")
     bundle = json.loads((model / SIGNATURE).read_text())
-    (model / SIGNATURE).write_text(json.dumps(bundle | {"verificationMaterial": hint}))
+    write(model / SIGNATURE, bundle | {"verificationMaterial": hint})
     refuse(model, workshop, "not one of the key")
 
 
@@ -160,7 +165,7 @@ def test_statements_cannot_stand_in_for_each_other(model: Path, workshop: Path) 
     shutil.copy(model / SUMMARY_ENVELOPE, model / REPORT_ENVELOPE)
     refuse(model, workshop, f"{REPORT_ENVELOPE} holds a statement of another type")
     envelope = json.loads((workshop / "model" / SIGNATURE).read_text())["dsseEnvelope"]
-    (model / REPORT_ENVELOPE).write_text(json.dumps(envelope))
+    write(model / REPORT_ENVELOPE, envelope)
     refuse(model, workshop, f"{REPORT_ENVELOPE} was signed with another key")
 
 
@@ -204,7 +209,7 @@ def test_a_malformed_envelope_is_refused(model: Path, workshop: Path, name: str,
         value["dsseEnvelope"] = change(value["dsseEnvelope"])
     else:
         value = change(value)
-    (model / name).write_text(json.dumps(value))
+    write(model / name, value)
     refuse(model, workshop, name)
 
 
@@ -222,7 +227,7 @@ def test_a_malformed_envelope_is_refused(model: Path, workshop: Path, name: str,
     ],
 )
 def test_a_malformed_bundle_is_refused(model: Path, workshop: Path, change: Change) -> None:
-    (model / SIGNATURE).write_text(json.dumps(change(json.loads((model / SIGNATURE).read_text()))))
+    write(model / SIGNATURE, change(json.loads((model / SIGNATURE).read_text())))
     refuse(model, workshop, SIGNATURE)
 
 
@@ -284,13 +289,11 @@ def test_a_signed_name_that_leads_out_is_never_opened(workshop: Path, tmp_path: 
 
     root = build(tmp_path / "m")
     sign_directory(root, workshop / "signer.pem")
-    bundle = json.loads((root / SIGNATURE).read_text())
     key = load_private_key(workshop / "signer.pem", None)
     for name in ("../outside", str(tmp_path / "outside")):
         (tmp_path / "outside").write_text("x")
         payload = model_statement("m", {name: sha256_file(tmp_path / "outside")})
-        envelope = key.envelope(payload, PAYLOAD_TYPE, key_id="")
-        (root / SIGNATURE).write_text(json.dumps(bundle | {"dsseEnvelope": envelope}))
+        write(root / SIGNATURE, key.bundle(payload, PAYLOAD_TYPE))
         refuse(root, workshop, "was signed but is missing")
 
 
@@ -308,10 +311,7 @@ def test_a_signer_cannot_leave_files_out_of_the_signature(workshop: Path, tmp_pa
         "resources": [{"name": n, "algorithm": "sha256", "digest": d} for n, d in files.items()],
     }
     payload = statement_bytes({"m": root_digest(files)}, MODEL_PREDICATE, predicate)
-    bundle = json.loads((root / SIGNATURE).read_text())
-    key = load_private_key(workshop / "signer.pem", None)
-    envelope = key.envelope(payload, PAYLOAD_TYPE, key_id="")
-    (root / SIGNATURE).write_text(json.dumps(bundle | {"dsseEnvelope": envelope}))
+    write(root / SIGNATURE, load_private_key(workshop / "signer.pem", None).bundle(payload, PAYLOAD_TYPE))
     refuse(root, workshop, "was added after")
 
 
