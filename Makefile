@@ -38,7 +38,7 @@ imports: $(STAMP)  ## the layers of pyproject.toml
 pytest: $(STAMP)  ## the tests alone; PYTEST_FLAGS="-q -n 2" runs two at a time
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-fuzz: $(STAMP)  ## a million inputs for the parsers of untrusted files, watched by Atheris (about an hour)
+fuzz: $(STAMP)  ## a million inputs for the parsers of untrusted files, watched by Atheris (12 minutes of a core)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS)
 

@@ -48,8 +48,9 @@ from memscrub.editing import make_edit, statistics_rows
 from memscrub.errors import IncompleteError
 from memscrub.extraction import Sampling, scored
 from memscrub.locality import RetainHalves
-from memscrub.model import LoadedModel, choose_device, sites_of
+from memscrub.model import LoadedModel, choose_device
 from memscrub.passes import out_of_memory
+from memscrub.site_finding import sites_of
 from memscrub.tokens import TokenText, batches, pad
 
 ROW = 256
@@ -299,11 +300,11 @@ def fix(
         **about,
         "seconds": seconds,
         "seconds_include": "retain statistics, rehearsal, rounds, refinements",
-        "unmet": len(edit.outcome.unmet),
-        "no_room": len(edit.no_room),
-        "break_points": edit.outcome.break_points,
-        "rounds": edit.rounds,
-        "stages": list(edit.stages),
+        "unmet": len(edit.made.outcome.unmet),
+        "no_room": len(edit.made.no_room),
+        "break_points": edit.made.outcome.break_points,
+        "rounds": edit.made.rounds,
+        "stages": list(edit.made.stages),
         "edited_tensors": len(edit.tensors()),
         "peak_memory_bytes": device.peak_bytes(),
     }

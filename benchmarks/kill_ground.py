@@ -12,8 +12,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,17 @@ def at(moment: str) -> Trigger:
     wanted, ending, number = MOMENTS[moment]
     inner = nth(number)
     return lambda event, path: event == wanted and path.endswith(ending) and inner(event, path)
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[Callable[[int], None]]:
+    """A file system in memory whose size can be changed while it is mounted; needs root."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True) and None
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`kill -9` at random moments of `memscrub fix`, and disks that are full: what is left, and does the next run end?
 
-    python benchmarks/kills.py --kills 200 --calls 100 --full 40 --json kills.json
+    python benchmarks/kills.py --kills 200 --calls 40 --pairs 5 --full 10 --json kills.json
 
 Builds a small checkpoint that has memorized six texts, and runs the whole command `memscrub fix ... --sign` again and
 again, each time in a process of its own, forked from one that has imported everything. A process is killed (SIGKILL)
@@ -13,7 +13,6 @@ After each kill, and after the run that follows it, everything on disk is held a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -24,11 +23,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kill_ground import LEFT, MOMENTS, Ground, Trigger, at, digests, nth
+from kill_ground import LEFT, MOMENTS, Ground, Trigger, at, digests, nth, small_disk
 
 
 @dataclass(frozen=True)
@@ -258,17 +257,6 @@ def pairs(ground: Ground, reference: Reference, count: int, rng: random.Random) 
             findings.wrong.append("two runs on one output: the result is another")
     print(f"two runs on one output: {count} times; {len(findings.wrong)} wrong")
     return findings.wrong
-
-
-@contextlib.contextmanager
-def small_disk(place: Path) -> Iterator[Callable[[int], None]]:
-    """A file system in memory whose size can be changed while it is mounted; needs root."""
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], check=True)
-    try:
-        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True) and None
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def table(findings: Findings) -> str:

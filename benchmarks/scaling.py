@@ -63,7 +63,7 @@ def row(inputs: Inputs, count: int) -> float:
         run = longest_run(scores.gap, text.first_judged(inputs.policy.probe.min_prefix_tokens), -noise)
         over += limit is not None and run.length > limit
     print(
-        f"| {len(inputs.texts)} | {edit.outcome.break_points} | {edit.rounds} | {over} | {locality.kl:.5f}"
+        f"| {len(inputs.texts)} | {edit.made.outcome.break_points} | {edit.made.rounds} | {over} | {locality.kl:.5f}"
         f" | {locality.agreement:.3f} | {locality.perplexity_ratio:.4f} | {took:.0f} |",
         flush=True,
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memscrub.model import LoadedModel, head_count
+from memscrub.model import LoadedModel
+from memscrub.site_finding import head_count
 from memscrub.sites import Site
 from memscrub.solver import Linearised
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from memscrub.bench_table import Figures
+from memscrub.disk_places import name_on_disk
 from memscrub.editing import DISK_DTYPES, statistics_rows
 from memscrub.errors import ArchitectureError, NumericalError
 from memscrub.extraction import Sampling, discoverable, score
 from memscrub.judgement import Measures
 from memscrub.locality import RetainHalves, compare
 from memscrub.measure import measure
-from memscrub.model import name_on_disk
 from memscrub.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.policy import Policy
 from memscrub.scanning import Inputs

@@ -19,11 +19,11 @@ from memscrub.editing import make_edit, stored_dtypes
 from memscrub.errors import NumericalError, UsageError
 from memscrub.finetune import Recipe, restored, rounded, tune
 from memscrub.measure import Progress, silent
-from memscrub.model import sites_of
 from memscrub.modes import Mode
 from memscrub.per_text import PerTextSettings, edit_texts
 from memscrub.policy import Policy
 from memscrub.scanning import Inputs
+from memscrub.site_finding import sites_of
 
 MODES = ("next-best", "eos", "redact", "suppress", "ensemble")
 SITES = ("mlp", "mlp+attention", "mlp+attention+queries")
@@ -161,7 +161,7 @@ def _solved(rule: Ruler, name: str, policy: Policy, progress: Progress) -> Row:
 
     def edit() -> str | None:
         done = make_edit(replace(rule.inputs, policy=policy), rule.halves, progress=progress)
-        return _remark(len(done.outcome.unmet), done.no_room)
+        return _remark(len(done.made.outcome.unmet), done.made.no_room)
 
     return edited(rule, name, edit)
 

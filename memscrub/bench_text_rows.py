@@ -26,10 +26,10 @@ from memscrub.extraction import Sampling, score
 from memscrub.locality import compare
 from memscrub.locate import Locator
 from memscrub.measure import Progress, silent
-from memscrub.model import sites_of
 from memscrub.modes import Baseline, Mode
 from memscrub.output_vectors import put_back
 from memscrub.per_text import PerTextOutcome, PerTextSettings, edit_text, emitted_whole, measured, suffix_begin
+from memscrub.site_finding import sites_of
 from memscrub.tokens import TokenText
 
 # What one text's edit costs is measured on so many rows of the judge's text.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memscrub.block_statistics import measure_by_block
 from memscrub.checkpoint import digest_files
+from memscrub.disk_places import DiskPlace, place_on_disk
 from memscrub.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.edit import EditOutcome
 from memscrub.editable import EditableModel
@@ -23,7 +24,7 @@ from memscrub.errors import UsageError
 from memscrub.joint_editing import JointStages
 from memscrub.locality import START, RetainHalves
 from memscrub.measure import Progress, silent
-from memscrub.model import DiskPlace, LoadedModel, place_on_disk
+from memscrub.model import LoadedModel
 from memscrub.one_by_one import edit_one_by_one, mlp_sites
 from memscrub.report_records import ExpertsRecord
 from memscrub.scanning import Inputs

@@ -26,11 +26,11 @@ from memscrub.linearise import prices, states_of
 from memscrub.locality import compare
 from memscrub.locality_limits import broken_distance
 from memscrub.measure import Progress
-from memscrub.model import sites_of
 from memscrub.modes import Mode, available_modes, fixed_distractor
 from memscrub.originals import OriginalsOnDisk
 from memscrub.refine import Further, near_verbatim, other_contexts
 from memscrub.scanning import Inputs
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 from memscrub.solver import Linearised
 from memscrub.trace import weights_swapped

@@ -151,8 +151,11 @@ class _Sliced:
     def __call__(self, inputs: Tensor) -> Tensor:
         starts = range(0, self.module.out_features, self.rows)
         if torch.is_grad_enabled() and inputs.requires_grad:  # the graph keeps no slice
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return torch.cat([checkpoint(self._slice, inputs, begin, **options) for begin in starts], dim=-1)
+            parts = [
+                checkpoint(self._slice, inputs, begin, use_reentrant=False, preserve_rng_state=False)
+                for begin in starts
+            ]
+            return torch.cat(parts, dim=-1)
         if self.room is None or self.room.device != inputs.device:
             self.room = torch.empty(self.rows, self.module.in_features, dtype=self.dtype, device=inputs.device)
         output = inputs.new_empty(*inputs.shape[:-1], self.module.out_features)

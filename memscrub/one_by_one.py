@@ -18,10 +18,10 @@ from memscrub.edit import EditOutcome
 from memscrub.editable import EditableModel
 from memscrub.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
 from memscrub.measure import Progress
-from memscrub.model import sites_of
 from memscrub.modes import Mode
 from memscrub.per_text import PerTextSettings, edit_texts
 from memscrub.scanning import Inputs
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 
 # A further pass looks at more neurons for the texts that still stand.

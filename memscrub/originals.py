@@ -12,8 +12,9 @@ from functools import partial
 from torch import Tensor
 
 from memscrub.checkpoint import Checkpoint, read_tensor
+from memscrub.disk_places import DiskPlace, place_on_disk
 from memscrub.lean_weights import Reader
-from memscrub.model import DiskPlace, LoadedModel, place_on_disk
+from memscrub.model import LoadedModel
 from memscrub.sites import Site
 
 

@@ -25,9 +25,9 @@ from memscrub.editable import EditableModel
 from memscrub.editing import stored_dtypes
 from memscrub.errors import NumericalError, OutputError, UsageError
 from memscrub.finetune import Method, Recipe
-from memscrub.model import sites_of
 from memscrub.per_text import suffix_begin
 from memscrub.scanning import Inputs, open_inputs
+from memscrub.site_finding import sites_of
 
 TEXTS = tuple(random_text(seed, 40) for seed in range(4))
 CONTROLS = tuple(random_text(seed, 40) for seed in range(10, 12))

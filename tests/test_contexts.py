@@ -16,7 +16,8 @@ from memscrub.disturbance import measure_disturbance
 from memscrub.edit import EditSettings, JointEdit
 from memscrub.editable import EditableModel
 from memscrub.linearise import states_of
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
+from memscrub.site_finding import sites_of
 from memscrub.tokens import TokenText
 
 TEXTS = tuple(random_text(seed, 34) for seed in range(2))

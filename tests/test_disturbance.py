@@ -13,7 +13,8 @@ from torch import Tensor
 
 from memscrub.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.errors import NumericalError
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
+from memscrub.site_finding import sites_of
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -29,8 +29,9 @@ from memscrub.edit import EditOutcome, EditSettings, JointEdit
 from memscrub.editable import EditableModel
 from memscrub.errors import NumericalError
 from memscrub.extraction import NOISE, Sampling, longest_run, score
-from memscrub.model import LoadedModel, head_count, sites_of
+from memscrub.model import LoadedModel
 from memscrub.modes import Mode, fixed_distractor
+from memscrub.site_finding import head_count, sites_of
 from memscrub.sites import Site
 from memscrub.solver import Linearised
 from memscrub.tokens import TokenText

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memscrub.checkpoint import open_checkpoint
+from memscrub.disk_places import place_on_disk
 from memscrub.disturbance import RIDGE, measure_disturbance
 from memscrub.errors import ArchitectureError
-from memscrub.model import LoadedModel, place_on_disk, sites_of
+from memscrub.model import LoadedModel
 from memscrub.report import load_report
 from memscrub.scrub import fix
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 from memscrub.trace import traced, weights_swapped
 from memscrub.verdict import Outcome

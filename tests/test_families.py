@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from memscrub.architecture import FAMILIES, Family, Layout, Norm, Orientation, Variant, family_of
 from memscrub.errors import ArchitectureError, UsageError
 from memscrub.locate import observe
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
 from memscrub.readout import entry_gain, readout
+from memscrub.site_finding import sites_of
 from memscrub.trace import by_module, traced, weights_swapped
 from tests.families import HIDDEN, VARIANTS, config_of
 

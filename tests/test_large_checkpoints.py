@@ -38,8 +38,9 @@ from memscrub.errors import IncompleteError, NumericalError
 from memscrub.lean_weights import LeanWeights, lean_dtype
 from memscrub.locality import compare
 from memscrub.low_rank import SLACK, LowRank
-from memscrub.model import LoadedModel, load_model, sites_of
+from memscrub.model import LoadedModel, load_model
 from memscrub.originals import OriginalsOnDisk, all_but
+from memscrub.site_finding import sites_of
 from memscrub.stored_metrics import store
 from memscrub.trace import weights_swapped
 from tests.families import config_of

@@ -14,8 +14,9 @@ import memscrub.locate
 from memscrub.architecture import Gain
 from memscrub.errors import ArchitectureError, UsageError
 from memscrub.locate import EPSILON, Locator, Neuron, contributions, observe, rank_bounds, ranked
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
 from memscrub.readout import readout
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 
 TOKENS = tuple(ids_of(random_text(5, 12)))

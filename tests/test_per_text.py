@@ -32,10 +32,11 @@ from memscrub.editable import EditableModel
 from memscrub.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
 from memscrub.errors import NumericalError, UsageError
 from memscrub.locate import Locator
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
 from memscrub.modes import Baseline, Mode, available_modes, fixed_distractor
 from memscrub.output_vectors import least_change, live_vectors, outbid
 from memscrub.per_text import PerTextOutcome, PerTextSettings, edit_text, edit_texts, measured, suffix_begin
+from memscrub.site_finding import sites_of
 from memscrub.tokens import TokenText
 
 TEXTS = tuple(random_text(seed, 30) for seed in range(3))

@@ -13,7 +13,8 @@ from models import opened, ordinary_rows, tiny_checkpoint
 from memscrub.checkpoint import digest_files, open_checkpoint
 from memscrub.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.errors import IncompleteError, OutputError, UsageError
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 from memscrub.statistics_file import check_place, load_metrics, metrics_from, save_metrics, site_name, statistics_key
 

@@ -9,7 +9,8 @@ import torch
 from models import FAMILIES, changed, ids_of, opened, random_text, snapshot, tiny_checkpoint
 from torch import Tensor, nn
 
-from memscrub.model import LoadedModel, sites_of
+from memscrub.model import LoadedModel
+from memscrub.site_finding import sites_of
 from memscrub.sites import Site
 from memscrub.trace import OwnPath, traced, weights_swapped
 

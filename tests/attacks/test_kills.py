@@ -31,7 +31,7 @@ def test_kills_full_disks_and_second_runs_leave_nothing_wrong_and_the_next_run_e
     assert values["wrong"] == []
     phases = [next(iter(values[moment]["kills"])) for moment in MOMENTS]
     assert [phase[0] for phase in phases] == ["1", "3", "4", "5", "6"]
-    # Where nothing is in the journal yet the run begins anew, later it goes on, at last from a directory that is complete.
+    # With nothing in the journal the run begins anew; later it goes on, at last from a directory that is complete.
     assert [sum(values[moment]["went_on"].values()) for moment in MOMENTS] == [0, 1, 1, 1, 1]
     assert "limited files: 1 of 1 ended with exit 3" in done.stdout
     assert "two runs on one output: 1 times; 0 wrong" in done.stdout
