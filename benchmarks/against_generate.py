@@ -29,10 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from scan_overhead import listed, machine
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.extraction import Sampling, discoverable, longest_run, score
-from memscrub.model import LoadedModel, load_model
-from memscrub.tokens import TokenText
+from memscrub.measures.extraction import Sampling, discoverable, longest_run, score
+from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.tokens import TokenText
+from memscrub.storage.checkpoint import open_checkpoint
 
 Way = Callable[[], list[bool]]
 SIZES = (8, 32, 128)

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from memscrub.errors import MemscrubError, SignatureInvalidError
-from memscrub.patch import open_patch
-from memscrub.signing import verify_directory
-from memscrub.statements import UNSIGNED_FILES
+from memscrub.proof.signing import verify_directory
+from memscrub.proof.statements import UNSIGNED_FILES
+from memscrub.storage.patch import open_patch
 
 WEIGHTS = ".safetensors"
 

@@ -21,10 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from memscrub.keys import generate_keypair
-from memscrub.report import REPORT_NAME
-from memscrub.scanning import scan
-from memscrub.signing import sign_directory, sign_report
+from memscrub.jobs.scanning import scan
+from memscrub.proof.keys import generate_keypair
+from memscrub.proof.signing import sign_directory, sign_report
+from memscrub.reports.report import REPORT_NAME
 
 EMBEDDED = Path(__file__).parents[1] / "memscrub" / "embedded"
 POLICY = """\

@@ -43,15 +43,15 @@ from gpu_shapes import (
     random_rows,
 )
 
-from memscrub.disturbance import measure_disturbance
-from memscrub.editing import make_edit, statistics_rows
+from memscrub.edit.disturbance import measure_disturbance
 from memscrub.errors import IncompleteError
-from memscrub.extraction import Sampling, scored
-from memscrub.locality import RetainHalves
-from memscrub.model import LoadedModel, choose_device
-from memscrub.passes import out_of_memory
-from memscrub.site_finding import sites_of
-from memscrub.tokens import TokenText, batches, pad
+from memscrub.jobs.editing import make_edit, statistics_rows
+from memscrub.locality.distance import RetainHalves
+from memscrub.measures.extraction import Sampling, scored
+from memscrub.measures.passes import out_of_memory
+from memscrub.models.model import LoadedModel, choose_device
+from memscrub.models.site_finding import sites_of
+from memscrub.models.tokens import TokenText, batches, pad
 
 ROW = 256
 WARM_UP = 2

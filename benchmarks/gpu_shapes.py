@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memscrub.architecture import family_of
-from memscrub.checkpoint import Checkpoint, TensorInfo
-from memscrub.model import LoadedModel
-from memscrub.policy import parse_policy
-from memscrub.protected import ProtectedList
-from memscrub.scanning import Inputs
-from memscrub.tokens import TokenText
+from memscrub.jobs.scanning import Inputs
+from memscrub.models.architecture import family_of
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import parse_policy
+from memscrub.storage.checkpoint import Checkpoint, TensorInfo
+from memscrub.texts.protected import ProtectedList
 
 # Locality limits are wide: what is timed is the edit, not the search for a share of the texts that fits.
 POLICY = b"""schema = 1

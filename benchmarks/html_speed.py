@@ -22,7 +22,7 @@ from playwright.sync_api import Browser
 
 from memscrub.faces.html_report import render
 from memscrub.faces.html_tokens import TokenView
-from memscrub.report import Report
+from memscrub.reports.report import Report
 from tests.browser import started
 from tests.reports import fixed
 

@@ -74,7 +74,7 @@ def build(folder: Path) -> None:
     sys.path.insert(0, str(TESTS))
     from models import ordinary_text, random_text, tiny_checkpoint
 
-    from memscrub.keys import generate_keypair
+    from memscrub.proof.keys import generate_keypair
 
     texts = [random_text(100 + number, 40) for number in range(6)]
     tiny_checkpoint(folder / "checkpoint", "llama", 0, texts, steps=150)
@@ -190,7 +190,7 @@ class Ground:
 
 
 def _command(arguments: list[str]) -> int:
-    from memscrub import cli
+    from memscrub.cli import app as cli
 
     sys.argv = ["memscrub", *arguments]
     try:

@@ -146,7 +146,7 @@ class Trial:
 
     def _verifies(self, folder: Path) -> bool:
         from memscrub.errors import MemscrubError
-        from memscrub.signing import verify_directory
+        from memscrub.proof.signing import verify_directory
 
         try:
             verify_directory(folder, self.ground.folder / "key.pub.pem")

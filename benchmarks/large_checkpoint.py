@@ -31,9 +31,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from memscrub.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
-from memscrub.signing import generate_keypair, sign_directory
-from memscrub.writing import write_checkpoint
+from memscrub.proof.signing import generate_keypair, sign_directory
+from memscrub.storage.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
+from memscrub.storage.writing import write_checkpoint
 
 HEAD = 64  # coordinates of one attention head
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

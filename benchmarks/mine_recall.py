@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from memscrub.mining import mine
+from memscrub.mining.mine import mine
 
 PLACE = re.compile(r":(\d+) \(character (\d+)\)$")
 LEAD = 200

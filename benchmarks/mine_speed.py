@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.corpora import CorpusFile, find_files
-from memscrub.mining import Mined, Settings, mine_loaded
-from memscrub.mining_reading import Reading, lots_of
-from memscrub.model import LoadedModel, load_model
-from memscrub.tokens import batches, pad
+from memscrub.mining.mine import Mined, Settings, mine_loaded
+from memscrub.mining.reading import Reading, lots_of
+from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.tokens import batches, pad
+from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.texts.corpora import CorpusFile, find_files
 
 
 def main() -> None:

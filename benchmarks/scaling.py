@@ -21,11 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_policy import in_proportion
 
-from memscrub.editing import make_edit
-from memscrub.extraction import NOISE, Sampling, longest_run, score
-from memscrub.locality import compare
-from memscrub.ordinary_text import retain_halves
-from memscrub.scanning import Inputs, open_inputs
+from memscrub.jobs.editing import make_edit
+from memscrub.jobs.ordinary_text import retain_halves
+from memscrub.jobs.scanning import Inputs, open_inputs
+from memscrub.locality.distance import compare
+from memscrub.measures.extraction import NOISE, Sampling, longest_run, score
 
 
 def main() -> None:

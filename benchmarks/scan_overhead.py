@@ -29,17 +29,17 @@ from pathlib import Path
 import torch
 import transformers
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.extraction import Sampling, ScoreReader, score
-from memscrub.measure import measure
-from memscrub.model import LoadedModel, load_model
-from memscrub.passes import shared_prefix_forced, teacher_forced
-from memscrub.policy import Policy, parse_policy
-from memscrub.protected import ProtectedText
-from memscrub.records import text_records
-from memscrub.standing import judged
-from memscrub.tokens import TokenText, batches, pad, tokenize
-from memscrub.verdict import decide
+from memscrub.jobs.records import text_records
+from memscrub.measures.extraction import Sampling, ScoreReader, score
+from memscrub.measures.measure import measure
+from memscrub.measures.passes import shared_prefix_forced, teacher_forced
+from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.tokens import TokenText, batches, pad, tokenize
+from memscrub.policy.document import Policy, parse_policy
+from memscrub.reports.standing import judged
+from memscrub.reports.verdict import decide
+from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.texts.protected import ProtectedText
 
 POLICY = """schema = 1
 name = "overhead"

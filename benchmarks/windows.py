@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from memscrub.scrub import fix
+from memscrub.jobs.scrub import fix
 
 POLICY = """schema = 1
 name = "windows"

@@ -21,34 +21,34 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memscrub.edit_ledger import check_edit as check_edit
-    from memscrub.gating import Gated as Gated
-    from memscrub.gating import gate as gate
-    from memscrub.policy import Policy as Policy
-    from memscrub.policy import load_policy as load_policy
-    from memscrub.report import Report as Report
-    from memscrub.report import load_report as load_report
-    from memscrub.scanning import scan as scan
-    from memscrub.scrub import Fixed as Fixed
-    from memscrub.scrub import Signing as Signing
-    from memscrub.scrub import fix as fix
-    from memscrub.signing import verify_directory as verify
+    from memscrub.jobs.gating import Gated as Gated
+    from memscrub.jobs.gating import gate as gate
+    from memscrub.jobs.scanning import scan as scan
+    from memscrub.jobs.scrub import Fixed as Fixed
+    from memscrub.jobs.scrub import Signing as Signing
+    from memscrub.jobs.scrub import fix as fix
+    from memscrub.policy.document import Policy as Policy
+    from memscrub.policy.document import load_policy as load_policy
+    from memscrub.proof.edit_ledger import check_edit as check_edit
+    from memscrub.proof.signing import verify_directory as verify
+    from memscrub.reports.report import Report as Report
+    from memscrub.reports.report import load_report as load_report
 
 __version__ = version("memscrub")
 
 _HOMES = {
-    "Fixed": ("memscrub.scrub", "Fixed"),
-    "Gated": ("memscrub.gating", "Gated"),
-    "Policy": ("memscrub.policy", "Policy"),
-    "Report": ("memscrub.report", "Report"),
-    "Signing": ("memscrub.scrub", "Signing"),
-    "check_edit": ("memscrub.edit_ledger", "check_edit"),
-    "fix": ("memscrub.scrub", "fix"),
-    "gate": ("memscrub.gating", "gate"),
-    "load_policy": ("memscrub.policy", "load_policy"),
-    "load_report": ("memscrub.report", "load_report"),
-    "scan": ("memscrub.scanning", "scan"),
-    "verify": ("memscrub.signing", "verify_directory"),
+    "Fixed": ("memscrub.jobs.scrub", "Fixed"),
+    "Gated": ("memscrub.jobs.gating", "Gated"),
+    "Policy": ("memscrub.policy.document", "Policy"),
+    "Report": ("memscrub.reports.report", "Report"),
+    "Signing": ("memscrub.jobs.scrub", "Signing"),
+    "check_edit": ("memscrub.proof.edit_ledger", "check_edit"),
+    "fix": ("memscrub.jobs.scrub", "fix"),
+    "gate": ("memscrub.jobs.gating", "gate"),
+    "load_policy": ("memscrub.policy.document", "load_policy"),
+    "load_report": ("memscrub.reports.report", "load_report"),
+    "scan": ("memscrub.jobs.scanning", "scan"),
+    "verify": ("memscrub.proof.signing", "verify_directory"),
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from models import WORDS, ordinary_rows, random_text, tiny_checkpoint
 
-from memscrub.keys import generate_keypair
-from memscrub.scrub import Fixed, Signing, fix
+from memscrub.jobs.scrub import Fixed, Signing, fix
+from memscrub.proof.keys import generate_keypair
 
 LENGTH = 40
 TEXTS = tuple(random_text(seed, LENGTH) for seed in (1, 2, 3))

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.model import LoadedModel, load_model
-from memscrub.protected import ProtectedText
-from memscrub.tokens import TokenText, tokenize
+from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.tokens import TokenText, tokenize
+from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.texts.protected import ProtectedText
 
 # Matrices this small gain nothing from threads, and where cores are shared they lose much.
 torch.set_num_threads(1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from memscrub.judgement import ClassLimits, Measures, SecretMeasure, judge
-from memscrub.report import (
+from memscrub.reports.judgement import ClassLimits, Measures, SecretMeasure, judge
+from memscrub.reports.report import (
     SCHEMA,
     BenignRecord,
     CheckpointRecord,
@@ -20,9 +20,9 @@ from memscrub.report import (
     TensorRecord,
     TextRecord,
 )
-from memscrub.standing import judged
-from memscrub.summary import summarised
-from memscrub.verdict import decide
+from memscrub.reports.standing import judged
+from memscrub.reports.summary import summarised
+from memscrub.reports.verdict import decide
 
 LIMITS = {
     "books": ClassLimits(max_verbatim_tokens=16, max_near_verbatim=0.6),

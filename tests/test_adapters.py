@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from memscrub import adapters
-from memscrub.adapters import open_adapter, stored_name
-from memscrub.checkpoint import SINGLE, Checkpoint, digest_files, open_checkpoint, read_tensor, tree_digest
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import CheckpointError, NumericalError, OutputError
-from memscrub.merging import merge, merge_in_memory
-from memscrub.model import load_model
-from memscrub.report import load_report
+from memscrub.models.merging import merge, merge_in_memory
+from memscrub.models.model import load_model
+from memscrub.reports.report import load_report
+from memscrub.storage import adapters
+from memscrub.storage.adapters import open_adapter, stored_name
+from memscrub.storage.checkpoint import SINGLE, Checkpoint, digest_files, open_checkpoint, read_tensor, tree_digest
 
 # PEFT asks transformers by a name that goes in version 6.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from models import WORDS, ids_of, opened, random_text, tiny_checkpoint
 from rapidfuzz.distance import Levenshtein
 
-from memscrub.alignment import SMALLEST_BLOCK, Closeness, closeness, covered_tokens, longest_common_substring
-from memscrub.continuation import similarity
 from memscrub.errors import UsageError
+from memscrub.maths.alignment import SMALLEST_BLOCK, Closeness, closeness, covered_tokens, longest_common_substring
+from memscrub.measures.continuation import similarity
 
 FEW = st.lists(st.integers(0, 2), max_size=10)
 TRUTH = tuple(range(100, 150))

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscrub.allowances import Allowances, Judged, Rate
 from memscrub.errors import PolicyError
-from memscrub.judgement import Finding, Judgement, Status
-from memscrub.policy import parse_policy
-from memscrub.verdict import Outcome, Verdict, decide, excuses
-from memscrub.waivers import allowances_of
+from memscrub.policy.document import parse_policy
+from memscrub.reports.allowances import Allowances, Judged, Rate
+from memscrub.reports.judgement import Finding, Judgement, Status
+from memscrub.reports.verdict import Outcome, Verdict, decide, excuses
+from memscrub.reports.waivers import allowances_of
 
 POLICY = 'schema = 1\nname = "n"\n[protected]\nfiles = ["p"]\n[class.c]\nmax_verbatim_tokens = 4\n'
 WAIVER = '[[waiver]]\nid = "t0"\nexpires = 2026-06-30\nreason = "licensed."\n'

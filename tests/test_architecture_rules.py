@@ -18,7 +18,7 @@ def tree(module: Path) -> ast.Module:
     return ast.parse(module.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_module_opens_with_a_sentence_about_itself(module: Path) -> None:
     docstring = ast.get_docstring(tree(module))
     assert docstring, f"{module.name} has no docstring"
@@ -26,7 +26,7 @@ def test_a_module_opens_with_a_sentence_about_itself(module: Path) -> None:
     assert opening.endswith("."), f"the docstring of {module.name} does not open with a whole sentence"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_modules_and_functions_stay_short(module: Path) -> None:
     assert len(module.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_A_MODULE
     for node in ast.walk(tree(module)):
@@ -35,7 +35,7 @@ def test_modules_and_functions_stay_short(module: Path) -> None:
             assert node.end_lineno - node.lineno < MOST_LINES_OF_A_FUNCTION, f"{module.name}: {node.name}"
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_pickle_is_loaded_and_no_remote_code_is_trusted(module: Path) -> None:
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def test_no_pickle_is_loaded_and_no_remote_code_is_trusted(module: Path) -> None
             assert isinstance(node.value, ast.Constant) and node.value.value is False, module.name
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_nothing_is_done_at_import_but_definitions(module: Path) -> None:
     """No I/O, no settings of torch, no registration by a bare call at the top of a module."""
     for statement in tree(module).body:

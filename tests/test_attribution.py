@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memscrub.attribution import attribute, control_rate
 from memscrub.errors import NumericalError
-from memscrub.intervals import Interval, wilson
+from memscrub.maths.intervals import Interval, wilson
+from memscrub.reports.attribution import attribute, control_rate
 
 VALUES = st.lists(st.integers(0, 40).map(float), max_size=30)
 

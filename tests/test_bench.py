@@ -15,19 +15,20 @@ import pytest
 import torch
 from models import changed, ordinary_rows, random_text, snapshot, tiny_checkpoint
 
-from memscrub import bench_rows, bench_text_rows
-from memscrub.bench import Files, bench
-from memscrub.bench_heads import HeadEdit, by_ablation, by_closed_form
-from memscrub.bench_measure import Ruler, measuring_policy, ruler
-from memscrub.bench_plot import draw
-from memscrub.bench_table import Bench, Figures, Row, best_of, grids, markdown
-from memscrub.editable import EditableModel
-from memscrub.editing import stored_dtypes
+from memscrub.bench import rows as bench_rows
+from memscrub.bench import text_rows as bench_text_rows
+from memscrub.bench.finetune import Method, Recipe
+from memscrub.bench.heads import HeadEdit, by_ablation, by_closed_form
+from memscrub.bench.plot import draw
+from memscrub.bench.ruler import Ruler, measuring_policy, ruler
+from memscrub.bench.run import Files, bench
+from memscrub.bench.table import Bench, Figures, Row, best_of, grids, markdown
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.per_text import suffix_begin
 from memscrub.errors import NumericalError, OutputError, UsageError
-from memscrub.finetune import Method, Recipe
-from memscrub.per_text import suffix_begin
-from memscrub.scanning import Inputs, open_inputs
-from memscrub.site_finding import sites_of
+from memscrub.jobs.editing import stored_dtypes
+from memscrub.jobs.scanning import Inputs, open_inputs
+from memscrub.models.site_finding import sites_of
 
 TEXTS = tuple(random_text(seed, 40) for seed in range(4))
 CONTROLS = tuple(random_text(seed, 40) for seed in range(10, 12))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from models import FAMILIES, opened, ordinary_rows, tiny_checkpoint
 
-from memscrub.benign import CONTINUED, GIVEN, benign_openings, compare_benign, end_tokens, talk
-from memscrub.continuation import continue_greedily
-from memscrub.model import LoadedModel
-from memscrub.site_finding import sites_of
+from memscrub.locality.benign import CONTINUED, GIVEN, benign_openings, compare_benign, end_tokens, talk
+from memscrub.measures.continuation import continue_greedily
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
 
 ROWS = ordinary_rows(5, rows=12, width=80)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from memscrub.breakpoints import (
+from memscrub.edit.breakpoints import (
     DEEPEST,
     Demand,
     Prices,
@@ -21,7 +21,7 @@ from memscrub.breakpoints import (
     margin_for,
     violations,
 )
-from memscrub.extraction import IMPOSSIBLE, Sampling
+from memscrub.measures.extraction import IMPOSSIBLE, Sampling
 
 MARGIN = 0.3
 

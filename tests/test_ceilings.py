@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from models import opened, random_text, tiny_checkpoint, token_text
 
-from memscrub.ceilings import with_ceilings
-from memscrub.control_limits import NEVER
 from memscrub.errors import PolicyError
-from memscrub.measure import measure
-from memscrub.model import LoadedModel
-from memscrub.policy import Policy, parse_policy
-from memscrub.tokens import TokenText
+from memscrub.measures.ceilings import with_ceilings
+from memscrub.measures.measure import measure
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import Policy, parse_policy
+from memscrub.reports.control_limits import NEVER
 
 KNOWN = random_text(0, 40)
 POLICY = """schema = 1

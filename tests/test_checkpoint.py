@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from models import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-from memscrub.checkpoint import (
+from memscrub.errors import CheckpointError
+from memscrub.storage.checkpoint import (
     INDEX,
     SINGLE,
     TensorInfo,
@@ -27,9 +28,8 @@ from memscrub.checkpoint import (
     read_tensor,
     tree_digest,
 )
-from memscrub.errors import CheckpointError
-from memscrub.files import is_safe_name, sha256_file, strict_json
-from memscrub.safetensors_header import parse_header, read_header
+from memscrub.storage.files import is_safe_name, sha256_file, strict_json
+from memscrub.storage.safetensors_header import parse_header, read_header
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

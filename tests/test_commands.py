@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 
 ADDRESS = "jane.doe42@gmail.com"
 
@@ -90,6 +90,6 @@ def test_a_lack_of_memory_in_torch_is_exit_3_not_a_verdict(
     def starved(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr("memscrub.scanning.open_inputs", starved)
+    monkeypatch.setattr("memscrub.jobs.scanning.open_inputs", starved)
     assert run(monkeypatch, "scan", tmp_path, "--policy", tmp_path / "p.toml") == 3
     assert "out of memory" in capsys.readouterr().err

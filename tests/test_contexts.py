@@ -9,16 +9,16 @@ import pytest
 import torch
 from models import changed, opened, ordinary_rows, random_text, snapshot, tiny_checkpoint, token_text
 
-from memscrub.breakpoints import Demand, violations
-from memscrub.calibration import LEAST, MOST, price_factors
-from memscrub.contexts import BEFORE, PERTURBED, PERTURBED_AMONG, Context, in_context, kinds, shifted
-from memscrub.disturbance import measure_disturbance
-from memscrub.edit import EditSettings, JointEdit
-from memscrub.editable import EditableModel
-from memscrub.linearise import states_of
-from memscrub.model import LoadedModel
-from memscrub.site_finding import sites_of
-from memscrub.tokens import TokenText
+from memscrub.edit.breakpoints import Demand, violations
+from memscrub.edit.calibration import LEAST, MOST, price_factors
+from memscrub.edit.contexts import BEFORE, PERTURBED, PERTURBED_AMONG, Context, in_context, kinds, shifted
+from memscrub.edit.disturbance import measure_disturbance
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.joint import EditSettings, JointEdit
+from memscrub.edit.linearise import states_of
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
+from memscrub.models.tokens import TokenText
 
 TEXTS = tuple(random_text(seed, 34) for seed in range(2))
 ORDINARY = ordinary_rows(1, rows=24, width=BEFORE)

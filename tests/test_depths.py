@@ -10,11 +10,11 @@ import pytest
 from models import random_text, tiny_checkpoint
 
 from memscrub.errors import PolicyError
-from memscrub.gating import gate
-from memscrub.policy import load_policy
-from memscrub.report import Report, load_report
-from memscrub.scanning import scan
-from memscrub.sentences import depth_sentences
+from memscrub.jobs.gating import gate
+from memscrub.jobs.scanning import scan
+from memscrub.policy.document import load_policy
+from memscrub.reports.report import Report, load_report
+from memscrub.reports.sentences import depth_sentences
 
 KNOWN, UNKNOWN = random_text(1, 60), random_text(2, 60)
 POLICY = """schema = 1

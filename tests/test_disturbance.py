@@ -11,10 +11,10 @@ import torch
 from models import FAMILIES, opened, ordinary_rows, tiny_checkpoint
 from torch import Tensor
 
-from memscrub.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.errors import NumericalError
-from memscrub.model import LoadedModel
-from memscrub.site_finding import sites_of
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

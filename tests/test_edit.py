@@ -20,21 +20,21 @@ from models import (
 )
 from torch import Tensor
 
-import memscrub.linearise
-from memscrub.architecture import Orientation
-from memscrub.attention import top_heads
-from memscrub.breakpoints import Demand
-from memscrub.disturbance import Metric, measure_disturbance
-from memscrub.edit import EditOutcome, EditSettings, JointEdit
-from memscrub.editable import EditableModel
+import memscrub.edit.linearise
+from memscrub.edit.attention import top_heads
+from memscrub.edit.breakpoints import Demand
+from memscrub.edit.disturbance import Metric, measure_disturbance
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.joint import EditOutcome, EditSettings, JointEdit
+from memscrub.edit.modes import Mode, fixed_distractor
+from memscrub.edit.solver import Linearised
 from memscrub.errors import NumericalError
-from memscrub.extraction import NOISE, Sampling, longest_run, score
-from memscrub.model import LoadedModel
-from memscrub.modes import Mode, fixed_distractor
-from memscrub.site_finding import head_count, sites_of
-from memscrub.sites import Site
-from memscrub.solver import Linearised
-from memscrub.tokens import TokenText
+from memscrub.measures.extraction import NOISE, Sampling, longest_run, score
+from memscrub.models.architecture import Orientation
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import head_count, sites_of
+from memscrub.models.sites import Site
+from memscrub.models.tokens import TokenText
 
 TEXTS = tuple(random_text(seed, 30) for seed in range(3))
 RETAIN = ordinary_rows(1, rows=24, width=24)
@@ -109,7 +109,7 @@ def test_no_hook_is_left_while_an_error_is_handled(small: Path, monkeypatch: pyt
     def broken(*anything: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memscrub.edit.extend", broken)
+    monkeypatch.setattr("memscrub.edit.joint.extend", broken)
     with pytest.raises(KeyboardInterrupt):
         edit.run()
     assert not any(module._forward_hooks for module in loaded.model.modules())
@@ -264,13 +264,13 @@ def test_gradients_that_are_not_finite_end_the_run_in_the_best_state_before_them
     loaded = opened(small)
     before = snapshot(loaded)
     edit = joint(loaded, sites_of(loaded))
-    real, calls = memscrub.linearise._gaps, []
+    real, calls = memscrub.edit.linearise._gaps, []
 
     def gaps(logits: Tensor, *rest: Tensor) -> Tensor:
         calls.append(1)
         return real(logits, *rest) * (math.nan if len(calls) > 6 else 1.0)
 
-    monkeypatch.setattr(memscrub.linearise, "_gaps", gaps)
+    monkeypatch.setattr(memscrub.edit.linearise, "_gaps", gaps)
     outcome = edit.run()
     assert len(calls) > 6
     assert outcome.diverged

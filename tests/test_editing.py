@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from models import WORDS, changed, ordinary_rows, random_text, snapshot, tiny_checkpoint
 
-from memscrub.breakpoints import violations
-from memscrub.ceilings import with_ceilings
-from memscrub.contexts import Context, in_context
-from memscrub.demands import demand_of
-from memscrub.editing import Edit, make_edit
+from memscrub.edit.breakpoints import violations
+from memscrub.edit.contexts import Context, in_context
+from memscrub.edit.demands import demand_of
+from memscrub.edit.linearise import states_of
 from memscrub.errors import UsageError
-from memscrub.linearise import states_of
-from memscrub.measure import measure
-from memscrub.ordinary_text import known_tokens, neighbour_texts, retain_halves
-from memscrub.scanning import Inputs, open_inputs
+from memscrub.jobs.editing import Edit, make_edit
+from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
+from memscrub.jobs.scanning import Inputs, open_inputs
+from memscrub.measures.ceilings import with_ceilings
+from memscrub.measures.measure import measure
 
 ALLOWED = 5
 POLICY = """\
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model this tiny is full: here it is what an edit reaches that counts, whatever it costs."""
-    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
-    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
+    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
+    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
 
 
 def opened(folder: Path, fix: str, limits: str = "") -> Inputs:

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
-from memscrub.architecture import FAMILIES
-from memscrub.checkpoint import digest_files, open_checkpoint
-from memscrub.gating import gate
-from memscrub.patch import open_patch
-from memscrub.patch_files import apply_patch, revert_patch
-from memscrub.scanning import scan
-from memscrub.scrub import fix
-from memscrub.verdict import Outcome
-from memscrub.writing import changed_tensors
+from memscrub.jobs.gating import gate
+from memscrub.jobs.scanning import scan
+from memscrub.jobs.scrub import fix
+from memscrub.models.architecture import FAMILIES
+from memscrub.reports.verdict import Outcome
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
+from memscrub.storage.patch import open_patch
+from memscrub.storage.patch_files import apply_patch, revert_patch
+from memscrub.storage.writing import changed_tensors
 from tests.families import VARIANTS, config_of
 from tests.models import ids_of, memorizing_checkpoint, ordinary_text, random_text
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.disk_places import place_on_disk
-from memscrub.disturbance import RIDGE, measure_disturbance
+from memscrub.edit.disturbance import RIDGE, measure_disturbance
 from memscrub.errors import ArchitectureError
-from memscrub.model import LoadedModel
-from memscrub.report import load_report
-from memscrub.scrub import fix
-from memscrub.site_finding import sites_of
-from memscrub.sites import Site
-from memscrub.trace import traced, weights_swapped
-from memscrub.verdict import Outcome
+from memscrub.jobs.scrub import fix
+from memscrub.models.disk_places import place_on_disk
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
+from memscrub.models.sites import Site
+from memscrub.models.trace import traced, weights_swapped
+from memscrub.reports.report import load_report
+from memscrub.reports.verdict import Outcome
+from memscrub.storage.checkpoint import open_checkpoint
 from tests.families import config_of
 from tests.models import changed, memorizing_checkpoint, opened, snapshot
 from tests.test_every_family import TEXTS, folder_of

@@ -18,12 +18,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from memscrub.errors import NumericalError, UsageError
-from memscrub.exposure import Exposure, exposures, extrapolated_bits
-from memscrub.extraction import IMPOSSIBLE, Sampling, score
-from memscrub.model import LoadedModel
-from memscrub.protected import ProtectedText
-from memscrub.secret_candidates import candidates, shape_of
-from memscrub.tokens import tokenize
+from memscrub.maths.secret_candidates import candidates, shape_of
+from memscrub.measures.exposure import Exposure, exposures, extrapolated_bits
+from memscrub.measures.extraction import IMPOSSIBLE, Sampling, score
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import tokenize
+from memscrub.texts.protected import ProtectedText
 
 SECRETS = st.text("01279abcdefxyzABFZéñжЖ北 -.:@/", min_size=1, max_size=14)
 

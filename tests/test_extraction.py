@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, opened, random_text, tiny_checkpoint, token_text
 from torch import Tensor
 
-import memscrub.measure
-from memscrub import extraction
-from memscrub.breakpoints import Prices, TextState, extend, log_p_at
-from memscrub.continuation import Opening, continue_greedily, greedy_matches
-from memscrub.demands import demand_of
+import memscrub.measures.measure
+from memscrub.edit.breakpoints import Prices, TextState, extend, log_p_at
+from memscrub.edit.demands import demand_of
 from memscrub.errors import NumericalError
-from memscrub.extraction import (
+from memscrub.measures import extraction
+from memscrub.measures.continuation import Opening, continue_greedily, greedy_matches
+from memscrub.measures.extraction import (
     IMPOSSIBLE,
     NOISE,
     Run,
@@ -33,10 +33,10 @@ from memscrub.extraction import (
     span_emitted,
     span_log_p,
 )
-from memscrub.judgement import Status, judge
-from memscrub.model import LoadedModel
-from memscrub.policy import parse_policy
-from memscrub.tokens import TokenText
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import parse_policy
+from memscrub.reports.judgement import Status, judge
 
 PLAIN = Sampling(VOCABULARY)
 GAPS = st.lists(st.sampled_from([-3.0, -0.5, 0.0, 0.25, 1.0, 4.0]), min_size=1, max_size=14)
@@ -325,15 +325,15 @@ def test_every_doubtful_run_over_the_limit_is_decoded(loaded: LoadedModel, monke
     # Two runs within rounding noise: decoding breaks the longer in the middle and emits the shorter whole.
     gaps = [2.0, 2, 2, -1e-4, 2, 2, 2, -5, 2, 2, 1e-4, 2, 2, -5]
     monkeypatch.setattr(
-        memscrub.measure, "scored", lambda loaded, texts, *given, **more: [(texts[0], fake_scores(gaps))]
+        memscrub.measures.measure, "scored", lambda loaded, texts, *given, **more: [(texts[0], fake_scores(gaps))]
     )
     monkeypatch.setattr(
-        memscrub.measure,
+        memscrub.measures.measure,
         "greedy_matches",
         lambda loaded, text, begin, length: min(length, 4 - begin if begin < 4 else length),
     )
     text = as_text(list(range(len(gaps) + 1)))
-    (found,) = memscrub.measure.measure(loaded, parse_policy(POLICY.encode()), [text]).measures
+    (found,) = memscrub.measures.measure.measure(loaded, parse_policy(POLICY.encode()), [text]).measures
     assert (found.match_run, found.confirmed) == (5, True)
 
 
@@ -342,7 +342,7 @@ def test_a_text_with_fewer_judged_tokens_than_the_limit_can_break_is_inconclusiv
 ) -> None:
     policy = parse_policy(POLICY.encode() + b"[probe]\nmin_prefix_tokens = 10\n")
     text = token_text(loaded, random_text(0, 13))  # 3 judged tokens can never make a run of 5
-    (found,) = memscrub.measure.measure(loaded, policy, [text]).measures
+    (found,) = memscrub.measures.measure.measure(loaded, policy, [text]).measures
     assert judge(found, policy.classes["c"]).status is Status.INCONCLUSIVE
 
 
@@ -351,7 +351,7 @@ def test_a_secret_that_nothing_precedes_cannot_be_judged(tmp_path: Path) -> None
     loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=1, begin=False))
     policy = parse_policy(POLICY.encode())
     text = replace(token_text(loaded, random_text(0, 9), secrets=((0, 3),)), class_name="pii")
-    (found,) = memscrub.measure.measure(loaded, policy, [text]).measures
+    (found,) = memscrub.measures.measure.measure(loaded, policy, [text]).measures
     assert judge(found, policy.classes["pii"]).status is Status.INCONCLUSIVE
     demand = demand_of(text, policy.classes["pii"], policy.probe)
     zeros = [0.0] * len(text.tokens)

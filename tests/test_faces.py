@@ -23,7 +23,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped
 from markdown_it import MarkdownIt
 from test_report import REPORTS, SMALL
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import OutputError, UsageError
 from memscrub.faces import junit, sarif
 from memscrub.faces.escaping import command_data, command_property, markdown, printable
@@ -32,12 +32,12 @@ from memscrub.faces.markdown import render
 from memscrub.faces.model_card import BEGIN, END, refuse_signed, updated
 from memscrub.faces.places import place_of
 from memscrub.faces.step_summary import commands, summary
-from memscrub.judgement import Finding, Judgement, Measures, SecretMeasure, Status, judge
-from memscrub.locality_limits import broken_benign, broken_distance, broken_neighbours, limit_of
-from memscrub.policy_sections import ClassLimits
-from memscrub.report import BenignRecord, LocalityRecord, PolicyRecord, Report, TextRecord, load_report
-from memscrub.report_records import ExcuseRecord
-from memscrub.verdict import Outcome, Verdict
+from memscrub.policy.sections import ClassLimits
+from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status, judge
+from memscrub.reports.locality_limits import broken_benign, broken_distance, broken_neighbours, limit_of
+from memscrub.reports.records import ExcuseRecord
+from memscrub.reports.report import BenignRecord, LocalityRecord, PolicyRecord, Report, TextRecord, load_report
+from memscrub.reports.verdict import Outcome, Verdict
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reports" / "0.1.0"
 SARIF = Draft4Validator(json.loads((Path(__file__).parent / "schemas" / "sarif-2.1.0.json").read_text("utf-8")))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memscrub.architecture import FAMILIES, Family, Layout, Norm, Orientation, Variant, family_of
+from memscrub.edit.locate import observe
 from memscrub.errors import ArchitectureError, UsageError
-from memscrub.locate import observe
-from memscrub.model import LoadedModel
-from memscrub.readout import entry_gain, readout
-from memscrub.site_finding import sites_of
-from memscrub.trace import by_module, traced, weights_swapped
+from memscrub.models.architecture import FAMILIES, Family, Layout, Norm, Orientation, Variant, family_of
+from memscrub.models.model import LoadedModel
+from memscrub.models.readout import entry_gain, readout
+from memscrub.models.site_finding import sites_of
+from memscrub.models.trace import by_module, traced, weights_swapped
 from tests.families import HIDDEN, VARIANTS, config_of
 
 CASES = sorted(FAMILIES) + sorted(VARIANTS)

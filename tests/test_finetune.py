@@ -11,10 +11,9 @@ import torch
 from models import changed, opened, ordinary_rows, random_text, snapshot, tiny_checkpoint, token_text
 from torch import Tensor
 
-from memscrub import finetune, finetune_losses
-from memscrub.errors import NumericalError, UsageError
-from memscrub.finetune import Method, Recipe, grid, large_grid, restored, rounded, tune
-from memscrub.finetune_losses import (
+from memscrub.bench import finetune, finetune_losses
+from memscrub.bench.finetune import Method, Recipe, grid, large_grid, restored, rounded, tune
+from memscrub.bench.finetune_losses import (
     ForgetTerm,
     KeepTerm,
     ascent_loss,
@@ -23,9 +22,10 @@ from memscrub.finetune_losses import (
     npo_loss,
     text_log_p,
 )
-from memscrub.locality import compare
-from memscrub.model import LoadedModel
-from memscrub.tokens import TokenText, pad, prompted
+from memscrub.errors import NumericalError, UsageError
+from memscrub.locality.distance import compare
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText, pad, prompted
 
 TEXTS = tuple(random_text(seed, 24) for seed in range(100, 104))
 # A tenth of the weights, since a thousandth of a tiny model is a dozen of them.

@@ -11,10 +11,10 @@ import pytest
 from models import random_text, tiny_checkpoint
 
 from memscrub.errors import ProtectedTextError, UsageError
-from memscrub.foreign_lists import ForeignSource, class_for
-from memscrub.judgement import Status
-from memscrub.policy import load_policy
-from memscrub.scanning import scan
+from memscrub.jobs.foreign_lists import ForeignSource, class_for
+from memscrub.jobs.scanning import scan
+from memscrub.policy.document import load_policy
+from memscrub.reports.judgement import Status
 
 KNOWN, UNKNOWN = random_text(1, 40), random_text(2, 40)
 POLICY = """schema = 1

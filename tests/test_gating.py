@@ -14,15 +14,15 @@ import pytest
 from gate_world import POLICY, TEXTS, lay_out, signed_fix, write_list
 from models import random_text
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import SignatureInvalidError, UntrustedMeasuresError, UsageError
-from memscrub.gating import Gated, gate
-from memscrub.report import REPORT_NAME, load_report
-from memscrub.report_records import ExcuseRecord
-from memscrub.scanning import scan
-from memscrub.signing import Verification, sign_directory, sign_report
-from memscrub.trusting import signed_report
-from memscrub.verdict import Outcome
+from memscrub.jobs.gating import Gated, gate
+from memscrub.jobs.scanning import scan
+from memscrub.proof.signing import Verification, sign_directory, sign_report
+from memscrub.proof.trusting import signed_report
+from memscrub.reports.records import ExcuseRecord
+from memscrub.reports.report import REPORT_NAME, load_report
+from memscrub.reports.verdict import Outcome
 
 LOOSE = POLICY.replace("max_verbatim_tokens = 6", "max_verbatim_tokens = 39").replace("= 0.7", "= 1.0")
 WAIVER = '\n[[waiver]]\nid = "{id}"\nexpires = {day}\nreason = "licensed"\n'
@@ -74,7 +74,7 @@ def test_trusted_measures_give_the_report_that_measuring_again_gives(made: Path)
 
 def test_a_trusting_gate_loads_neither_torch_nor_transformers(made: Path) -> None:
     program = (
-        "import sys\nfrom memscrub.cli import main\n"
+        "import sys\nfrom memscrub.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, {'torch', 'transformers'} & set(sys.modules))"
     )
     arguments = ["gate", made / "fixed", "--policy", made / "policy.toml", "--key", made / "key.pub", "-q"]

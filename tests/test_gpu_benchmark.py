@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memscrub.extraction import Sampling, score
+from memscrub.measures.extraction import Sampling, score
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

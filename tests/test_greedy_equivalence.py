@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, opened, tiny_checkpoint
 
-from memscrub.continuation import greedy_matches
-from memscrub.extraction import NOISE, Sampling, Scores, longest_run, score
-from memscrub.judgement import Status, judge
-from memscrub.measure import measure
-from memscrub.model import LoadedModel
-from memscrub.policy import parse_policy
-from memscrub.tokens import TokenText
+from memscrub.measures.continuation import greedy_matches
+from memscrub.measures.extraction import NOISE, Sampling, Scores, longest_run, score
+from memscrub.measures.measure import measure
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import parse_policy
+from memscrub.reports.judgement import Status, judge
 
 SEEDS = (0, 1, 2)
 # Behind so many random tokens, so many of the model's own; and how long the batch's longest companion is.

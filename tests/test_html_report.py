@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from memscrub.faces.html_report import render
 from memscrub.faces.html_tokens import TokenView, strip
-from memscrub.report import Report
+from memscrub.reports.report import Report
 from tests.browser import Watched, started
 from tests.reports import fixed, text
 from tests.test_report import REPORTS

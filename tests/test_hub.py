@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from memscrub.errors import ExitCode
-from memscrub.hub import parse_hub_id
+from memscrub.storage.hub import parse_hub_id
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 A, B, OTHER = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2, 3))
@@ -158,7 +158,7 @@ def hub() -> Iterator[Hub]:
 
 SCRIPT = """
 import json, sys
-from memscrub.checkpoint import open_checkpoint
+from memscrub.storage.checkpoint import open_checkpoint
 from memscrub.errors import MemscrubError
 try:
     ckpt = open_checkpoint(sys.argv[1])

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from memscrub.errors import OutputError, UsageError
-from memscrub.init_files import STARTERS, check_starter, write_starter
-from memscrub.policy import load_policy
-from memscrub.protected import load_controls, load_protected, load_texts
+from memscrub.policy.document import load_policy
+from memscrub.policy.init_files import STARTERS, check_starter, write_starter
+from memscrub.texts.protected import load_controls, load_protected, load_texts
 
 
 @pytest.mark.parametrize("name", STARTERS)

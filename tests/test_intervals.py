@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import NumericalError, UsageError
-from memscrub.intervals import Interval, auc, bootstrap, bootstrap_auc, bootstrap_mean, upper_bound, wilson
+from memscrub.maths.intervals import Interval, auc, bootstrap, bootstrap_auc, bootstrap_mean, upper_bound, wilson
 
 VALUES = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
 

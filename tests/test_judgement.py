@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memscrub.errors import ExitCode
-from memscrub.judgement import Finding, Judgement, Measures, SecretMeasure, Status, judge
-from memscrub.policy_sections import ClassLimits
-from memscrub.verdict import Outcome, decide
+from memscrub.policy.sections import ClassLimits
+from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status, judge
+from memscrub.reports.verdict import Outcome, decide
 
 LONG = Measures(tokens=100, match_run=16, run_begin=3, run_margin=0.5)
 SECRET = SecretMeasure(4, 9, emitted=False, log_probability=math.log(1e-6))

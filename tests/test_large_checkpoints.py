@@ -24,25 +24,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import memscrub
-import memscrub.lean_weights
+import memscrub.models.lean_weights
 from benchmarks.large_checkpoint import make
-from memscrub.architecture import FAMILIES
-from memscrub.block_statistics import measure_by_block
-from memscrub.breakpoints import Demand
-from memscrub.calibration import price_factors
-from memscrub.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
-from memscrub.disturbance import Metric, measure_disturbance
-from memscrub.edit import EditSettings, JointEdit
-from memscrub.editable import EditableModel
+from memscrub.edit.block_statistics import measure_by_block
+from memscrub.edit.breakpoints import Demand
+from memscrub.edit.calibration import price_factors
+from memscrub.edit.disturbance import Metric, measure_disturbance
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.joint import EditSettings, JointEdit
+from memscrub.edit.low_rank import SLACK, LowRank
+from memscrub.edit.stored_metrics import store
 from memscrub.errors import IncompleteError, NumericalError
-from memscrub.lean_weights import LeanWeights, lean_dtype
-from memscrub.locality import compare
-from memscrub.low_rank import SLACK, LowRank
-from memscrub.model import LoadedModel, load_model
-from memscrub.originals import OriginalsOnDisk, all_but
-from memscrub.site_finding import sites_of
-from memscrub.stored_metrics import store
-from memscrub.trace import weights_swapped
+from memscrub.locality.distance import compare
+from memscrub.models.architecture import FAMILIES
+from memscrub.models.lean_weights import LeanWeights, lean_dtype
+from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.originals import OriginalsOnDisk, all_but
+from memscrub.models.site_finding import sites_of
+from memscrub.models.trace import weights_swapped
+from memscrub.storage.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
 from tests.families import config_of
 
 TEXTS = tuple(random_text(seed, 24) for seed in range(2))
@@ -146,17 +146,17 @@ def test_small_checkpoints_and_mixtures_of_dtypes_are_loaded_as_before(ckpt: Che
 
 def test_a_checkpoint_is_large_from_one_gibibyte_on(ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(info.end - info.begin for info in ckpt.tensors.values())
-    monkeypatch.setattr(memscrub.lean_weights, "LARGE", size)
+    monkeypatch.setattr(memscrub.models.lean_weights, "LARGE", size)
     assert lean_dtype(ckpt) is torch.bfloat16
-    monkeypatch.setattr(memscrub.lean_weights, "LARGE", size + 1)
+    monkeypatch.setattr(memscrub.models.lean_weights, "LARGE", size + 1)
     assert lean_dtype(ckpt) is None
 
 
 def test_a_head_in_slices_gives_the_same_logits_and_gradients(
     ckpt: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memscrub.lean_weights, "SLICED", 1)
-    monkeypatch.setattr(memscrub.lean_weights, "SLICE", 5 * 32)
+    monkeypatch.setattr(memscrub.models.lean_weights, "SLICED", 1)
+    monkeypatch.setattr(memscrub.models.lean_weights, "SLICE", 5 * 32)
     sliced, usual = lean(ckpt), wide(ckpt)
     torch.testing.assert_close(sliced.logits(RETAIN), usual.logits(RETAIN))
     hidden = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -300,8 +300,8 @@ min_agreement = 0.001
 def test_a_fix_of_a_large_checkpoint_ends_as_one_of_a_small_one(
     ckpt: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str
 ) -> None:
-    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
-    monkeypatch.setattr("memscrub.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
+    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
+    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
     lines = [json.dumps({"id": f"{n}", "class": "c", "text": text}) for n, text in enumerate(TEXTS)]
     (tmp_path / "protected.jsonl").write_text("\n".join(lines) + "\n")
     rows = [" ".join(WORDS[i] for i in row) for row in RETAIN.tolist()]
@@ -310,7 +310,7 @@ def test_a_fix_of_a_large_checkpoint_ends_as_one_of_a_small_one(
     policy.write_text(f'{POLICY}[fix]\nsolver = "{solver}"\nmode = "next-best"\n')
     before, reports = digest_files(ckpt), []
     for name, large in (("usual", 1 << 60), ("lean", 0)):
-        monkeypatch.setattr(memscrub.lean_weights, "LARGE", large)
+        monkeypatch.setattr(memscrub.models.lean_weights, "LARGE", large)
         fixed = memscrub.fix(ckpt.path, policy, tmp_path / name, device="cpu")
         reports.append(fixed.report)
         assert sorted(open_checkpoint(tmp_path / name).files) == sorted([*ckpt.files, "memscrub-report.json"])
@@ -328,10 +328,10 @@ def test_a_fix_of_a_large_checkpoint_ends_as_one_of_a_small_one(
 # The peak of a child that does as the command line does, with every checkpoint taken for a large one or for none.
 CHILD = """
 import json, sys
-import memscrub.lean_weights as lean
+import memscrub.models.lean_weights as lean
 lean.LARGE = 0 if sys.argv[1] == "lean" else 1 << 60
 lean.SLICED = 2**22
-from memscrub.cli import main
+from memscrub.cli.app import main
 sys.argv = ["memscrub", *sys.argv[2:]]
 try:
     main()

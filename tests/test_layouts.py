@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from memscrub.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_tensor
-from memscrub.scrub import fix
-from memscrub.verdict import Outcome
-from memscrub.writing import write_checkpoint
+from memscrub.jobs.scrub import fix
+from memscrub.reports.verdict import Outcome
+from memscrub.storage.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint, read_tensor
+from memscrub.storage.writing import write_checkpoint
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EXTRAS = {

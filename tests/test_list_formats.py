@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import ProtectedTextError, UsageError
-from memscrub.list_formats import FORMATS, ForeignList, read_format
+from memscrub.texts.list_formats import FORMATS, ForeignList, read_format
 from tests.models import opened, tiny_checkpoint
 
 SECRET = "Ada-Lovelace-1815"

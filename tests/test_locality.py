@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from test_report import SMALL
 
-from memscrub.benign import Benign
 from memscrub.errors import PolicyError
-from memscrub.gating import _signed_ordinary
-from memscrub.judgement import Finding, Judgement, Status
-from memscrub.locality import Locality, within
-from memscrub.locality_limits import broken_benign, broken_neighbours
-from memscrub.policy import parse_policy
-from memscrub.policy_sections import Locality as Limits
-from memscrub.records import benign_record, locality_record
-from memscrub.report import REPORT_NAME, NeighbourRecord
-from memscrub.signing import Verification
-from memscrub.standing import Ordinary, broken_locality
-from memscrub.verdict import Outcome, decide
+from memscrub.jobs.gating import _signed_ordinary
+from memscrub.jobs.records import benign_record, locality_record
+from memscrub.locality.benign import Benign
+from memscrub.locality.distance import Locality, within
+from memscrub.policy.document import parse_policy
+from memscrub.policy.sections import Locality as Limits
+from memscrub.proof.signing import Verification
+from memscrub.reports.judgement import Finding, Judgement, Status
+from memscrub.reports.locality_limits import broken_benign, broken_neighbours
+from memscrub.reports.report import REPORT_NAME, NeighbourRecord
+from memscrub.reports.standing import Ordinary, broken_locality
+from memscrub.reports.verdict import Outcome, decide
 
 GOOD = Locality(tokens=1000, kl=0.001, worst_kl=0.02, start_kl=0.001, agreement=0.98, perplexity_ratio=1.001)
 LIMITS = Limits(max_worst_kl=0.05, min_neighbours_kept=0.9, neighbours=("n.txt",))
@@ -147,7 +147,7 @@ def test_the_sign_test_of_many_prompts_is_quick_and_agrees_with_the_exact_one(mo
         return bool(broken_benign(10_000, 0, after, newly, 0.0, "degenerate"))
 
     exact = [broken(newly, 2 * newly - 900) for newly in range(450, 500)]
-    monkeypatch.setattr("memscrub.locality_limits._MANY", 100)
+    monkeypatch.setattr("memscrub.reports.locality_limits._MANY", 100)
     assert [broken(newly, 2 * newly - 900) for newly in range(450, 500)] == exact
     assert 0 < sum(exact) < 50
     assert broken_benign(10**9, 0, 10**9, 10**9, 0.5, "degenerate")  # as a report from elsewhere may state

@@ -10,14 +10,14 @@ import torch
 from models import FAMILIES, ids_of, opened, random_text, tiny_checkpoint
 from torch import Tensor
 
-import memscrub.locate
-from memscrub.architecture import Gain
+import memscrub.edit.locate
+from memscrub.edit.locate import EPSILON, Locator, Neuron, contributions, observe, rank_bounds, ranked
 from memscrub.errors import ArchitectureError, UsageError
-from memscrub.locate import EPSILON, Locator, Neuron, contributions, observe, rank_bounds, ranked
-from memscrub.model import LoadedModel
-from memscrub.readout import readout
-from memscrub.site_finding import sites_of
-from memscrub.sites import Site
+from memscrub.models.architecture import Gain
+from memscrub.models.model import LoadedModel
+from memscrub.models.readout import readout
+from memscrub.models.site_finding import sites_of
+from memscrub.models.sites import Site
 
 TOKENS = tuple(ids_of(random_text(5, 12)))
 
@@ -48,7 +48,7 @@ def hooks(loaded: LoadedModel) -> int:
 def test_contributions_are_those_of_the_loop_whatever_the_piece(
     monkeypatch: pytest.MonkeyPatch, temporary: int, gained: bool
 ) -> None:
-    monkeypatch.setattr(memscrub.locate, "TEMPORARY", temporary)
+    monkeypatch.setattr(memscrub.edit.locate, "TEMPORARY", temporary)
     residual, activations, vectors = random(3, 16), random(3, 40, seed=1), random(16, 40, seed=2)
     gain = random(16, seed=3) if gained else None
     found = contributions(residual, activations, vectors, gain)
@@ -109,7 +109,7 @@ def brute_force(
 def test_located_neurons_are_those_of_the_definition(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, slab: int
 ) -> None:
-    monkeypatch.setattr(memscrub.locate, "SLAB", slab)
+    monkeypatch.setattr(memscrub.edit.locate, "SLAB", slab)
     sites = sites_of(loaded, kinds=("attention", "mlp"))  # the MLP's sites are not the first ones
     locator = Locator(loaded, sites, rank=9)
     positions, tokens = [2, 7, 7], [TOKENS[3], TOKENS[8], 50]
@@ -137,13 +137,13 @@ def test_what_is_remembered_of_the_vocabulary_is_not_computed_again(
     sites = sites_of(llama, kinds=("mlp",))
     locator = Locator(llama, sites, rank=5)
     seen, calls = locator.observe(TOKENS), []
-    real = memscrub.locate.rank_bounds
+    real = memscrub.edit.locate.rank_bounds
 
     def counted(projections: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         calls.append(projections.shape[1])
         return real(projections, rank)
 
-    monkeypatch.setattr(memscrub.locate, "rank_bounds", counted)
+    monkeypatch.setattr(memscrub.edit.locate, "rank_bounds", counted)
     everything = 2 * llama.weight(sites[0]).shape[1]
     locator.locate(seen, list(range(11)), TOKENS[1:], everything)
     assert sum(calls) == everything
@@ -242,7 +242,7 @@ def test_the_unembedding_is_read_in_pieces_in_other_precisions(tmp_path: Path, m
     loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=2), dtype="bfloat16")
     seeing, writes = readout(loaded), random(32, 6)
     expected = (seeing.rows.float() * seeing.gain) @ writes
-    monkeypatch.setattr("memscrub.readout.ROWS", 10)
+    monkeypatch.setattr("memscrub.models.readout.ROWS", 10)
     torch.testing.assert_close(seeing.projections(writes), expected, atol=1e-5, rtol=1e-5)
     sites = sites_of(loaded, kinds=("mlp",))
     assert all(values.dtype == torch.float32 for values in observe(loaded, sites, TOKENS).residuals)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from ci_runner import github
 
-from memscrub.checkpoint import digest_files
-from memscrub.demo import lay_out
-from memscrub.policy import load_policy
-from memscrub.protected import load_protected
+from memscrub.cli.demo import lay_out
+from memscrub.policy.document import load_policy
+from memscrub.storage.checkpoint import digest_files
+from memscrub.texts.protected import load_protected
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

@@ -16,12 +16,12 @@ from models import WORDS, opened, random_text, tiny_checkpoint, token_text
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memscrub import membership
 from memscrub.errors import NumericalError, UsageError
-from memscrub.intervals import auc, bootstrap_auc
-from memscrub.membership import Separation, Signals, separations, signals, signals_of, token_statistics
-from memscrub.model import LoadedModel
-from memscrub.tokens import TokenText
+from memscrub.maths.intervals import auc, bootstrap_auc
+from memscrub.measures import membership
+from memscrub.measures.membership import Separation, Signals, separations, signals, signals_of, token_statistics
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
 
 TRAINED = [random_text(seed, 24) for seed in range(4)]
 UNSEEN = [random_text(seed, 24) for seed in range(100, 108)]

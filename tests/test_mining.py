@@ -23,20 +23,21 @@ from models import WORDS, opened, random_text, tiny_checkpoint, token_text
 from typer.testing import CliRunner
 
 import memscrub
-from memscrub import corpora, mining_reading
-from memscrub.corpora import Piece, find_files, read_file
 from memscrub.errors import IncompleteError, OutputError, UsageError
-from memscrub.extraction import Sampling, longest_run, score
-from memscrub.measure import measure
-from memscrub.mining import Mined, Settings, journal_file, mine
-from memscrub.mining_journal import Journal
-from memscrub.mining_stretches import Stretch, is_trivial, strongest
-from memscrub.mining_windows import Encoder, Windows, rows_of
-from memscrub.model import LoadedModel
-from memscrub.near_copies import NearCopies, group
-from memscrub.policy import load_policy
-from memscrub.protected import load_protected
-from memscrub.tokens import tokenize
+from memscrub.measures.extraction import Sampling, longest_run, score
+from memscrub.measures.measure import measure
+from memscrub.mining import reading as mining_reading
+from memscrub.mining.journal import Journal
+from memscrub.mining.mine import Mined, Settings, journal_file, mine
+from memscrub.mining.near_copies import NearCopies, group
+from memscrub.mining.stretches import Stretch, is_trivial, strongest
+from memscrub.mining.windows import Encoder, Windows, rows_of
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import tokenize
+from memscrub.policy.document import load_policy
+from memscrub.texts import corpora
+from memscrub.texts.corpora import Piece, find_files, read_file
+from memscrub.texts.protected import load_protected
 
 KNOWN = [random_text(100 + i, 44) for i in range(3)]
 STRANGE = [random_text(200 + i, 44) for i in range(6)]
@@ -467,7 +468,8 @@ def test_a_form_that_everybody_fills_in_does_not_make_the_work_quadratic(monkeyp
 RUN_SLOWLY = """
 import sys, time
 from pathlib import Path
-from memscrub import mining, mining_reading
+from memscrub.mining import mine as mining
+from memscrub.mining import reading as mining_reading
 from test_mining import SMALL
 mining_reading._LOT, mining_reading._LOT_BATCHES = 1500, 1
 checkpoint, corpus, out = map(Path, sys.argv[1:])
@@ -517,7 +519,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     monkeypatch.setattr(mining_reading, "_LOT_BATCHES", 1)
     seen: list[int] = []
     counted = mining_reading.found_in
-    monkeypatch.setattr("memscrub.mining.found_in", lambda *given: seen.append(1) or counted(*given))
+    monkeypatch.setattr("memscrub.mining.mine.found_in", lambda *given: seen.append(1) or counted(*given))
     resumed = mine(checkpoint, [corpus], out, settings=SMALL, device="cpu")
     read_again = len(seen)
     whole = mine(checkpoint, [corpus], tmp_path / "whole.jsonl", settings=SMALL, device="cpu")
@@ -632,9 +634,10 @@ def test_a_file_that_is_no_journal_is_left_alone(checkpoint: Path, corpus: Path,
 
 def test_an_interrupt_is_one_sentence_and_exit_3_and_names_the_journal(checkpoint: Path, tmp_path: Path) -> None:
     script = (
-        "from memscrub import cli, mining_reading\n"
-        "mining_reading._LOT, mining_reading._LOT_BATCHES = 500, 1\n"
-        "cli.main()\n"
+        "from memscrub.cli import app\n"
+        "from memscrub.mining import reading\n"
+        "reading._LOT, reading._LOT_BATCHES = 500, 1\n"
+        "app.main()\n"
     )
     rng = random.Random(4)
     corpus = jsonl(tmp_path / "c.jsonl", [random_text(rng.randint(0, 9), 90) for _ in range(20000)])
@@ -658,7 +661,7 @@ def test_an_interrupt_is_one_sentence_and_exit_3_and_names_the_journal(checkpoin
 def command(*arguments: str | Path) -> Any:
     import typer
 
-    from memscrub import mine_command
+    from memscrub.cli import mine_command
 
     app = typer.Typer(add_completion=False)
     app.command("mine")(mine_command.mine)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, ids_of, opened, random_text, tiny_checkpoint
 from rapidfuzz.distance import Levenshtein
 
-from memscrub.continuation import Opening
 from memscrub.errors import NumericalError, UsageError
-from memscrub.extraction import IMPOSSIBLE, Sampling
-from memscrub.model import LoadedModel
-from memscrub.near_beam import NearMass, first_band, near_verbatim_mass, next_bands, reach
+from memscrub.measures.continuation import Opening
+from memscrub.measures.extraction import IMPOSSIBLE, Sampling
+from memscrub.measures.near_beam import NearMass, first_band, near_verbatim_mass, next_bands, reach
+from memscrub.models.model import LoadedModel
 
 KNOWN = [random_text(seed, 16) for seed in range(3)]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from models import WORDS, ordinary_rows, random_text, tiny_checkpoint
 
-from memscrub.checkpoint import digest_files, open_checkpoint
-from memscrub.report import load_report
-from memscrub.scrub import fix
-from memscrub.verdict import Outcome
+from memscrub.jobs.scrub import fix
+from memscrub.reports.report import load_report
+from memscrub.reports.verdict import Outcome
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
 
 POLICY = """\
 schema = 1

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from fixtures.reports.make import make
 
-from memscrub.checkpoint import digest_files, open_checkpoint
-from memscrub.edit_ledger import check_edit
-from memscrub.patch import open_patch
-from memscrub.patch_files import apply_patch, revert_patch
-from memscrub.report import REPORT_NAME, load_report
-from memscrub.signing import verify_directory
+from memscrub.proof.edit_ledger import check_edit
+from memscrub.proof.signing import verify_directory
+from memscrub.reports.report import REPORT_NAME, load_report
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
+from memscrub.storage.patch import open_patch
+from memscrub.storage.patch_files import apply_patch, revert_patch
 
 REPORTS = Path(__file__).parent / "fixtures" / "reports"
 RELEASES = sorted(path.name for path in REPORTS.iterdir() if (path / "passed").is_dir())

@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path)
     package = REPOSITORY / "memscrub"
     expected = {
         path.relative_to(REPOSITORY).as_posix()
-        for path in [*package.glob("*.py"), *package.glob("embedded/**/*"), package / "py.typed"]
+        for path in [*package.rglob("*.py"), *package.glob("embedded/**/*"), package / "py.typed"]
         if path.is_file()
     } | {f"memscrub/policies/{path.name}" for path in (REPOSITORY / "policies").iterdir()}
     assert {name for name in names if not name.startswith(info)} == expected
@@ -94,7 +94,7 @@ def test_every_module_of_the_wheel_imports_without_the_repository(installed: Pat
 def test_help_starts_quickly_and_loads_neither_torch_nor_transformers(installed: Path) -> None:
     code = (
         "import sys\n"
-        "from memscrub.cli import main\n"
+        "from memscrub.cli.app import main\n"
         "sys.argv = ['memscrub', '--help']\n"
         "try:\n"
         "    main()\n"

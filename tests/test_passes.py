@@ -14,16 +14,17 @@ from models import FAMILIES, VOCABULARY, opened, random_text, tiny_checkpoint, t
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import memscrub.measure
-from memscrub import architecture, model, passes
+import memscrub.measures.measure
 from memscrub.errors import IncompleteError
-from memscrub.extraction import near_verbatim_bound
-from memscrub.judgement import judge
-from memscrub.measure import measure
-from memscrub.model import LoadedModel, choose_device
-from memscrub.passes import halving, shared_prefix_forced, streamed, teacher_forced
-from memscrub.policy import parse_policy
-from memscrub.tokens import TokenText
+from memscrub.measures import passes
+from memscrub.measures.extraction import near_verbatim_bound
+from memscrub.measures.measure import measure
+from memscrub.measures.passes import halving, shared_prefix_forced, streamed, teacher_forced
+from memscrub.models import architecture, model
+from memscrub.models.model import LoadedModel, choose_device
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import parse_policy
+from memscrub.reports.judgement import judge
 
 EXHAUSTED = {
     "cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -372,14 +373,14 @@ def test_decoding_that_runs_out_of_memory_goes_on_with_less(
 ) -> None:
     policy, texts = parse_policy(NEAR.encode()), [token_text(trained, text) for text in KNOWN]
     expected = measure(trained, policy, texts).measures
-    decode = memscrub.measure.continue_greedily
+    decode = memscrub.measures.measure.continue_greedily
 
     def limited(loaded: LoadedModel, starts: Any, *, batch_tokens: int, **more: Any) -> Any:
         if batch_tokens > 100:
             raise torch.cuda.OutOfMemoryError
         return decode(loaded, starts, batch_tokens=batch_tokens, **more)
 
-    monkeypatch.setattr(memscrub.measure, "continue_greedily", limited)
+    monkeypatch.setattr(memscrub.measures.measure, "continue_greedily", limited)
     assert measure(trained, policy, texts).measures == expected
 
 

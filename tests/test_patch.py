@@ -23,18 +23,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from memscrub import patch_command, patch_delta, patch_files
-from memscrub.checkpoint import INDEX, SINGLE, Checkpoint, digest_files, open_checkpoint, read_tensor, tree_digest
+from memscrub.cli import patch_command
 from memscrub.errors import CheckpointError, ExitCode, IncompleteError, MemscrubError, OutputError, UsageError
-from memscrub.patch import open_patch
-from memscrub.patch_delta import _positions, _steps, change, difference
-from memscrub.patch_files import apply_patch, mismatch, revert_patch, write_patch
-from memscrub.policy import parse_policy
-from memscrub.reapply import narrowed
-from memscrub.report import load_report
-from memscrub.safetensors_header import TensorInfo
-from memscrub.scrub import fix
-from memscrub.writing import write_checkpoint
+from memscrub.jobs.reapply import narrowed
+from memscrub.jobs.scrub import fix
+from memscrub.policy.document import parse_policy
+from memscrub.reports.report import load_report
+from memscrub.storage import patch_delta, patch_files
+from memscrub.storage.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    digest_files,
+    open_checkpoint,
+    read_tensor,
+    tree_digest,
+)
+from memscrub.storage.patch import open_patch
+from memscrub.storage.patch_delta import _positions, _steps, change, difference
+from memscrub.storage.patch_files import apply_patch, mismatch, revert_patch, write_patch
+from memscrub.storage.safetensors_header import TensorInfo
+from memscrub.storage.writing import write_checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}

@@ -24,20 +24,20 @@ from models import (
 )
 from torch import Tensor
 
-import memscrub.per_text
-from memscrub.baselines import ablate
-from memscrub.breakpoints import Demand
-from memscrub.disturbance import measure_disturbance
-from memscrub.editable import EditableModel
-from memscrub.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
+import memscrub.edit.per_text
+from memscrub.bench.baselines import ablate
+from memscrub.edit.breakpoints import Demand
+from memscrub.edit.disturbance import measure_disturbance
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.ensemble import choose_mode, predicted_disturbance, with_shorter_prefix
+from memscrub.edit.locate import Locator
+from memscrub.edit.modes import Baseline, Mode, available_modes, fixed_distractor
+from memscrub.edit.output_vectors import least_change, live_vectors, outbid
+from memscrub.edit.per_text import PerTextOutcome, PerTextSettings, edit_text, edit_texts, measured, suffix_begin
 from memscrub.errors import NumericalError, UsageError
-from memscrub.locate import Locator
-from memscrub.model import LoadedModel
-from memscrub.modes import Baseline, Mode, available_modes, fixed_distractor
-from memscrub.output_vectors import least_change, live_vectors, outbid
-from memscrub.per_text import PerTextOutcome, PerTextSettings, edit_text, edit_texts, measured, suffix_begin
-from memscrub.site_finding import sites_of
-from memscrub.tokens import TokenText
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
+from memscrub.models.tokens import TokenText
 
 TEXTS = tuple(random_text(seed, 30) for seed in range(3))
 PREFIX = 8
@@ -286,7 +286,7 @@ def test_an_interrupt_leaves_the_model_as_it_was_and_no_hooks(small: Path, monke
         assert changed(loaded, before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(memscrub.per_text, "measured", interrupted)
+    monkeypatch.setattr(memscrub.edit.per_text, "measured", interrupted)
     with pytest.raises(KeyboardInterrupt):
         edit_text(editable, texts_of(loaded)[0], Mode.NEXT_BEST, SETTINGS)
     assert changed(loaded, before) == set()
@@ -399,7 +399,7 @@ def test_the_cheapest_mode_that_breaks_the_text_is_chosen_and_taken_back(
     price = {Mode.NEXT_BEST: 3.0, Mode.EOS: 2.0, Mode.REDACT: 1.0, Mode.SUPPRESS: 4.0}
     for cheapest in Mode:
         edit, disturbance = costs({**price, cheapest: 0.5})
-        monkeypatch.setattr("memscrub.ensemble.edit_text", edit)
+        monkeypatch.setattr("memscrub.edit.ensemble.edit_text", edit)
         chosen = choose_mode(
             editable, text, SETTINGS, chosen_on=contexts(loaded, text)[:1], held_out=[], disturbance=disturbance
         )
@@ -433,7 +433,7 @@ def test_only_a_mode_that_holds_in_contexts_not_chosen_on_is_chosen(
         if behaviour(settings, leaky) == (True, False) and behaviour(settings, sound) == (True, True)
     )
     edit, disturbance = costs({leaky: 1.0, sound: 2.0})
-    monkeypatch.setattr("memscrub.ensemble.edit_text", edit)
+    monkeypatch.setattr("memscrub.edit.ensemble.edit_text", edit)
     choose = partial(choose_mode, editable, text, settings, disturbance=disturbance)
     assert choose(held_out=[], modes=(leaky, sound)) is leaky
     assert choose(held_out=[other], modes=(leaky, sound)) is sound
@@ -509,7 +509,7 @@ def test_many_texts_are_edited_one_after_the_other_until_every_demand_holds(path
     assert told[0] == (0, 4)
     assert outcome.unmet == () and outcome.passes == told[-1][0] >= 1
     assert outcome.breaks >= 3
-    assert memscrub.per_text.unmet_demands(loaded, demands, 64) == ()
+    assert memscrub.edit.per_text.unmet_demands(loaded, demands, 64) == ()
     assert {site.kind for site in editable.sites if editable.change(site).any()} == {"mlp"}
     editable.restore()
     assert changed(loaded, before) == set()
@@ -523,7 +523,7 @@ def test_what_still_stands_is_told_and_the_best_state_is_kept(small: Path) -> No
     feeble = replace(SETTINGS, neurons=2, margin=0.05, passes=3)
     outcome = edit_texts(editable, demands, [Mode.SUPPRESS] * 3, feeble, lambda number, unmet: told.append(unmet))
     assert len(told) == 4 and len(outcome.unmet) == min(told) > 0
-    assert memscrub.per_text.unmet_demands(loaded, demands, 64) == outcome.unmet
+    assert memscrub.edit.per_text.unmet_demands(loaded, demands, 64) == outcome.unmet
 
 
 def test_demands_that_hold_change_nothing_and_modes_are_checked_first(small: Path) -> None:

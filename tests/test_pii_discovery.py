@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import UsageError
-from memscrub.init_files import write_starter
-from memscrub.pii_discovery import (
+from memscrub.policy.document import load_policy
+from memscrub.policy.init_files import write_starter
+from memscrub.texts.pii_discovery import (
     BEFORE,
     BEHIND,
     KINDS,
@@ -34,8 +35,7 @@ from memscrub.pii_discovery import (
     propose,
     stretches,
 )
-from memscrub.policy import load_policy
-from memscrub.protected import Document, iter_texts, load_protected
+from memscrub.texts.protected import Document, iter_texts, load_protected
 
 FILLER = "the boats go out before light and the bakery opens at five "
 SECRETS = {

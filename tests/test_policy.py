@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from memscrub.errors import ExitCode, PolicyError
-from memscrub.init_files import STARTERS, policies_folder, write_starter
-from memscrub.policy import Policy, load_policy, parse_policy
-from memscrub.policy_reference import updated
-from memscrub.toml_lines import line_of
+from memscrub.policy.document import Policy, load_policy, parse_policy
+from memscrub.policy.init_files import STARTERS, policies_folder, write_starter
+from memscrub.policy.reference import updated
+from memscrub.policy.toml_lines import line_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -316,7 +316,7 @@ def test_no_policy_is_shipped_without_a_test() -> None:
 
 def test_the_reference_in_the_documentation_is_up_to_date() -> None:
     page = (REPOSITORY / "docs" / "policy.md").read_text(encoding="utf-8")
-    assert updated(page) == page, "run: python -m memscrub.policy_reference docs/policy.md"
+    assert updated(page) == page, "run: python -m memscrub.policy.reference docs/policy.md"
 
 
 def test_every_setting_has_a_description() -> None:

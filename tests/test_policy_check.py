@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from memscrub.errors import PolicyError
-from memscrub.policy_check import check_policy
+from memscrub.jobs.policy_check import check_policy
 
 POLICY = """\
 schema = 1
@@ -43,7 +43,7 @@ def lay_out(folder: Path, policy: str = POLICY) -> Path:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     program = (
-        "import sys\nfrom memscrub.cli import main\ntry:\n    main()\n"
+        "import sys\nfrom memscrub.cli.app import main\ntry:\n    main()\n"
         "except SystemExit as end:\n    assert 'torch' not in sys.modules\n    raise"
     )
     command = [sys.executable, "-c", program, "policy", "check", *map(str, arguments)]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from models import FAMILIES, opened, random_text, tiny_checkpoint, token_text
 
-from memscrub import prefix_sweep
-from memscrub.extraction import Sampling, discoverable, score
-from memscrub.model import LoadedModel
-from memscrub.prefix_sweep import LENGTHS, Rate, Sweep, Variant, rates, sweep_prefixes
-from memscrub.tokens import TokenText
+from memscrub.measures import prefix_sweep
+from memscrub.measures.extraction import Sampling, discoverable, score
+from memscrub.measures.prefix_sweep import LENGTHS, Rate, Sweep, Variant, rates, sweep_prefixes
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
 
 KNOWN = [random_text(seed, 30) for seed in range(4)]
 VARIANTS: tuple[Variant, ...] = ("before_suffix", "from_start")

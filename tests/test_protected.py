@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import ExitCode, ProtectedTextError, UsageError
-from memscrub.policy import Policy, parse_policy
-from memscrub.protected import (
+from memscrub.policy.document import Policy, parse_policy
+from memscrub.texts.protected import (
     ProtectedText,
     iter_texts,
     keyed_id,

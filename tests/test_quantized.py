@@ -28,12 +28,12 @@ from transformers import (
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from memscrub.checkpoint import CONFIG, INDEX, SINGLE, digest_files, open_checkpoint, read_tensor
-from memscrub.cli import main
-from memscrub.dequantize import Dequantized, dequantize
-from memscrub.dequantize_formats import block_scaled, unpacked_mxfp4
+from memscrub.cli.app import main
 from memscrub.errors import CheckpointError, ExitCode, NumericalError, OutputError, UsageError
-from memscrub.quantized import SUPPORTED, refuse_quantized
+from memscrub.storage.checkpoint import CONFIG, INDEX, SINGLE, digest_files, open_checkpoint, read_tensor
+from memscrub.storage.dequantize import Dequantized, dequantize
+from memscrub.storage.dequantize_formats import block_scaled, unpacked_mxfp4
+from memscrub.storage.quantized import SUPPORTED, refuse_quantized
 
 torch.set_num_threads(1)
 
@@ -299,7 +299,9 @@ def test_the_stated_dtype_is_written_and_a_value_it_cannot_hold_stops_the_run(tm
 def test_every_stored_part_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     source = fp8_checkpoint(tmp_path / "in")
-    monkeypatch.setattr("memscrub.dequantize.read_tensor", lambda ckpt, name: held.append(1) or read_tensor(ckpt, name))
+    monkeypatch.setattr(
+        "memscrub.storage.dequantize.read_tensor", lambda ckpt, name: held.append(1) or read_tensor(ckpt, name)
+    )
     done = run(source, tmp_path / "out")
     assert len(held) == 2 * done.tensors  # every weight and its scale, once each
 

@@ -19,22 +19,22 @@ import pytest
 from models import ids_of, ordinary_text, random_text, tiny_checkpoint
 from typer.testing import CliRunner
 
-import memscrub.measure
-from memscrub import cli
-from memscrub.checkpoint import digest_files, open_checkpoint
-from memscrub.cli_output import write_report
+import memscrub.measures.measure
+from memscrub.cli import app as cli
+from memscrub.cli.output import write_report
 from memscrub.errors import ExitCode, IncompleteError, InterruptedRunError, OutputError, UsageError
-from memscrub.files import _ABANDONED_AFTER, replacing, sha256_file
-from memscrub.keys import generate_keypair
-from memscrub.measure import silent
-from memscrub.patch import open_patch
-from memscrub.patch_files import write_patch
-from memscrub.policy import load_policy
-from memscrub.protected import load_protected
-from memscrub.report import Report
-from memscrub.run_log import RunLog
-from memscrub.scanning import scan
-from memscrub.scrub import Signing, fix
+from memscrub.jobs.scanning import scan
+from memscrub.jobs.scrub import Signing, fix
+from memscrub.journals.run_log import RunLog
+from memscrub.measures.measure import silent
+from memscrub.policy.document import load_policy
+from memscrub.proof.keys import generate_keypair
+from memscrub.reports.report import Report
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
+from memscrub.storage.files import _ABANDONED_AFTER, replacing, sha256_file
+from memscrub.storage.patch import open_patch
+from memscrub.storage.patch_files import write_patch
+from memscrub.texts.protected import load_protected
 
 TEXTS = [random_text(100 + number, 32) for number in range(5)]
 CONTROLS = [random_text(500 + number, 32) for number in range(2)]
@@ -151,7 +151,7 @@ def weights(files: dict[str, str]) -> dict[str, str]:
 
 def test_an_interrupted_scan_goes_on_and_reports_the_same(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A lot of one batch, so that five texts are several lots.
-    monkeypatch.setattr(memscrub.measure, "LOT_BATCHES", 1)
+    monkeypatch.setattr(memscrub.measures.measure, "LOT_BATCHES", 1)
     expected = scan(ground / "checkpoint", ground / "policy.toml", device="cpu")
     journal, delivered = ground / "scan.journal", list[Report]()
     for stage, times in (("teacher-forced pass", 3), ("own continuations", 3)):
@@ -169,8 +169,8 @@ def test_an_interrupted_scan_goes_on_and_reports_the_same(ground: Path, monkeypa
     kept, said, stages = journal.read_text(), list[str](), Stages()
     decoded: list[int] = []
     monkeypatch.setattr(
-        "memscrub.continuation._generate",
-        lambda *given, real=memscrub.continuation._generate: (decoded.append(1), real(*given))[1],  # type: ignore[attr-defined]
+        "memscrub.measures.continuation._generate",
+        lambda *given, real=memscrub.measures.continuation._generate: (decoded.append(1), real(*given))[1],  # type: ignore[attr-defined]
     )
     report = scan(
         ground / "checkpoint",
@@ -344,7 +344,7 @@ def test_a_patch_that_the_interrupted_run_left_is_replaced_and_another_is_not(gr
 
 SLEEPER = """
 import sys, time
-from memscrub import cli
+from memscrub.cli import app as cli
 @cli.app.command()
 def sleep(tidy: float = 0.0) -> None:
     try:
@@ -409,7 +409,7 @@ def test_an_interrupted_command_says_that_it_can_go_on_and_how(ground: Path, mon
     report = ground / "report.json"
     arguments = ["scan", ground / "checkpoint", "--policy", ground / "policy.toml", "--report", report]
     with monkeypatch.context() as patched:
-        patched.setattr("memscrub.progress._Lines.__call__", lambda self, *said: Stages("own")(*said))
+        patched.setattr("memscrub.cli.progress._Lines.__call__", lambda self, *said: Stages("own")(*said))
         done = command(*arguments)
     assert isinstance(done.exception, InterruptedRunError) and done.exception.exit_code == 3
     kept = ground / "report.json.journal"

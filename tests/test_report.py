@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import ExitCode, UsageError
-from memscrub.judgement import Finding, Judgement, Measures, SecretMeasure, Status
-from memscrub.report import (
+from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status
+from memscrub.reports.report import (
     SCHEMA,
     BenignRecord,
     CheckpointRecord,
@@ -31,7 +31,7 @@ from memscrub.report import (
     UtilityRecord,
     load_report,
 )
-from memscrub.verdict import Outcome, Verdict
+from memscrub.reports.verdict import Outcome, Verdict
 
 WORD = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)

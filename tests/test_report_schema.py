@@ -17,12 +17,13 @@ from jsonschema import Draft202012Validator
 from models import random_text, tiny_checkpoint
 from test_report import REPORTS
 
-from memscrub import report as report_module
-from memscrub import report_records, verdict
-from memscrub.cli import main
-from memscrub.json_values import plain
-from memscrub.report import Report
-from memscrub.report_schema import as_json, schema
+from memscrub.cli.app import main
+from memscrub.reports import records as report_records
+from memscrub.reports import report as report_module
+from memscrub.reports import verdict
+from memscrub.reports.json_values import plain
+from memscrub.reports.report import Report
+from memscrub.reports.schema import as_json, schema
 
 PAGE = Path(__file__).parent.parent / "docs" / "report.schema.json"
 FIXTURES = Path(__file__).parent / "fixtures" / "reports"
@@ -66,7 +67,7 @@ reason = "licensed until then"
 
 
 def test_the_schema_in_the_docs_is_the_one_that_the_program_writes() -> None:
-    assert PAGE.read_text("utf-8") == as_json(), "run: python -m memscrub.report_schema docs/report.schema.json"
+    assert PAGE.read_text("utf-8") == as_json(), "run: python -m memscrub.reports.schema docs/report.schema.json"
     Draft202012Validator.check_schema(schema())
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memscrub.errors import NumericalError, UsageError
-from memscrub.sampling_odds import (
+from memscrub.maths.sampling_odds import (
     CHANCES,
     chance_of_a_hit,
     discoverable_count,

@@ -17,11 +17,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from memscrub.errors import ExitCode, OutputError, SignatureInvalidError, UsageError
-from memscrub.files import sha256_file
-from memscrub.keys import key_id_of, load_private_key, load_public_key
-from memscrub.provenance import Provenance, read_provenance
-from memscrub.signing import Verification, generate_keypair, sign_directory, sign_report, verify_directory
-from memscrub.statements import (
+from memscrub.proof.keys import key_id_of, load_private_key, load_public_key
+from memscrub.proof.provenance import Provenance, read_provenance
+from memscrub.proof.signing import Verification, generate_keypair, sign_directory, sign_report, verify_directory
+from memscrub.proof.statements import (
     REPORT,
     REPORT_ENVELOPE,
     SIGNATURE,
@@ -29,6 +28,7 @@ from memscrub.statements import (
     SUMMARY_PREDICATE,
     TEST_RESULT_PREDICATE,
 )
+from memscrub.storage.files import sha256_file
 
 POLICY = {"pii-strict.toml": "ab" * 32}
 
@@ -166,7 +166,7 @@ def test_signing_and_verifying_use_no_network(
 def test_verifying_imports_neither_torch_nor_sigstore(model: Path, keys: tuple[Path, Path]) -> None:
     sign(model, keys[0])
     code = (
-        "import sys; from memscrub.signing import verify_directory as v; v(sys.argv[1], sys.argv[2])\n"
+        "import sys; from memscrub.proof.signing import verify_directory as v; v(sys.argv[1], sys.argv[2])\n"
         "print([m for m in ('torch', 'transformers', 'sigstore', 'model_signing') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parent.parent

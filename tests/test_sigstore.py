@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from sigstore_instance import ISSUER, Instance, running, token
 
-from memscrub.attest import SIGSTORE, Signing
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import IncompleteError, MemscrubError, SignatureInvalidError, UsageError
-from memscrub.keys import generate_keypair
-from memscrub.signing import sign_directory, sign_report, verify_directory
-from memscrub.sigstore_signing import TOKEN_VARIABLE, SigstoreIdentity, SigstoreSigner
-from memscrub.statements import REPORT, REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE, UNSIGNED_FILES
+from memscrub.proof.attest import SIGSTORE, Signing
+from memscrub.proof.keys import generate_keypair
+from memscrub.proof.signing import sign_directory, sign_report, verify_directory
+from memscrub.proof.sigstore_signing import TOKEN_VARIABLE, SigstoreIdentity, SigstoreSigner
+from memscrub.proof.statements import REPORT, REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE, UNSIGNED_FILES
 
 OLD = Path(__file__).parent / "fixtures" / "reports" / "0.1.0"
 JANE = "jane@example.com"
@@ -237,8 +237,8 @@ def test_a_fix_is_signed_and_verified_from_the_command_line(
 
 
 def test_a_policy_that_pins_a_key_is_not_signed_by_an_identity(trust: Path, tmp_path: Path, jane: None) -> None:
-    from memscrub.attest import signer_for
-    from memscrub.policy import load_policy
+    from memscrub.policy.document import load_policy
+    from memscrub.proof.attest import signer_for
 
     shutil.copytree(OLD, tmp_path / "w")
     pinned = generate_keypair(tmp_path / "k.pem", tmp_path / "k.pub")
@@ -251,8 +251,8 @@ def test_a_policy_that_pins_a_key_is_not_signed_by_an_identity(trust: Path, tmp_
 
 
 def test_a_policy_may_ask_for_an_identity_in_place_of_a_key(tmp_path: Path, jane: None) -> None:
-    from memscrub.attest import signer_for
-    from memscrub.policy import load_policy
+    from memscrub.policy.document import load_policy
+    from memscrub.proof.attest import signer_for
 
     shutil.copytree(OLD, tmp_path / "w")
     with (tmp_path / "w" / "policy.toml").open("a") as file:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memscrub.disturbance import Metric
+from memscrub.edit.disturbance import Metric
+from memscrub.edit.solver import JITTER, Linearised, Solution, complementary, least_disturbing_edit
 from memscrub.errors import ExitCode, NumericalError
-from memscrub.solver import JITTER, Linearised, Solution, complementary, least_disturbing_edit
 
 
 def metric(generator: torch.Generator, inputs: int, outputs: int) -> Metric:

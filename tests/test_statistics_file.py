@@ -10,13 +10,20 @@ import pytest
 import torch
 from models import opened, ordinary_rows, tiny_checkpoint
 
-from memscrub.checkpoint import digest_files, open_checkpoint
-from memscrub.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.edit.statistics_file import (
+    check_place,
+    load_metrics,
+    metrics_from,
+    save_metrics,
+    site_name,
+    statistics_key,
+)
 from memscrub.errors import IncompleteError, OutputError, UsageError
-from memscrub.model import LoadedModel
-from memscrub.site_finding import sites_of
-from memscrub.sites import Site
-from memscrub.statistics_file import check_place, load_metrics, metrics_from, save_metrics, site_name, statistics_key
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
+from memscrub.models.sites import Site
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
 
 ROWS = ordinary_rows(1, rows=6, width=24)
 KEY = {"checkpoint": "0" * 64, "retain text": "1" * 64, "seed": "0", "ridge": "0.01"}

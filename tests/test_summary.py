@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from test_report import SMALL
 
-from memscrub.console import show_report
-from memscrub.judgement import Finding, Judgement, Measures, SecretMeasure, Status
-from memscrub.report import Report, TextRecord
-from memscrub.sentences import class_sentences
-from memscrub.summary import SAMPLES, summarised
+from memscrub.cli.console import show_report
+from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status
+from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.sentences import class_sentences
+from memscrub.reports.summary import SAMPLES, summarised
 
 LIMIT = 8
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from memscrub.architecture import Orientation
-from memscrub.checkpoint import open_checkpoint, read_tensor
-from memscrub.cli import main
-from memscrub.edit_map import relative_change
+from memscrub.cli.app import main
+from memscrub.cli.token_views import token_views
+from memscrub.edit.edit_map import relative_change
 from memscrub.errors import UsageError
 from memscrub.faces.html_tokens import MARGINS, PROBABILITIES, TokenView
-from memscrub.report import Report, TextRecord
-from memscrub.scrub import fix
-from memscrub.token_views import token_views
+from memscrub.jobs.scrub import fix
+from memscrub.models.architecture import Orientation
+from memscrub.reports.report import Report, TextRecord
+from memscrub.storage.checkpoint import open_checkpoint, read_tensor
 from tests.models import opened, ordinary_text, random_text, tiny_checkpoint, token_text
 
 TEXTS = [random_text(seed, 40) for seed in (1, 2)]

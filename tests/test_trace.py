@@ -9,10 +9,10 @@ import torch
 from models import FAMILIES, changed, ids_of, opened, random_text, snapshot, tiny_checkpoint
 from torch import Tensor, nn
 
-from memscrub.model import LoadedModel
-from memscrub.site_finding import sites_of
-from memscrub.sites import Site
-from memscrub.trace import OwnPath, traced, weights_swapped
+from memscrub.models.model import LoadedModel
+from memscrub.models.site_finding import sites_of
+from memscrub.models.sites import Site
+from memscrub.models.trace import OwnPath, traced, weights_swapped
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from memscrub.errors import IncompleteError, UsageError
-from memscrub.records import utility_record
-from memscrub.report import ScoreRecord
-from memscrub.utility import Score, check_tasks, run_tasks, scores_in, tasks_of
+from memscrub.jobs.records import utility_record
+from memscrub.locality.utility import Score, check_tasks, run_tasks, scores_in, tasks_of
+from memscrub.reports.report import ScoreRecord
 
 # What lm-eval 0.4.13 returned for a task of four questions on the embedded checkpoint, less what is not looked at.
 RESULTS: dict[str, Any] = {
@@ -83,8 +83,8 @@ def test_without_lm_eval_the_extra_is_named() -> None:
 
 @pytest.mark.usefixtures("no_lm_eval")
 def test_a_fix_refuses_tasks_before_it_opens_anything(tmp_path: Path) -> None:
-    from memscrub.policy import parse_policy
-    from memscrub.scrub import fix
+    from memscrub.jobs.scrub import fix
+    from memscrub.policy.document import parse_policy
 
     text = 'schema = 1\nname = "p"\n[protected]\nfiles = ["x"]\n[class.c]\nmax_verbatim_tokens = 4\n'
     for tasks, asked in (("", ["piqa"]), ('[locality]\nutility = ["piqa"]\n', None)):
@@ -136,5 +136,5 @@ def test_before_and_after_are_paired_by_task_and_metric() -> None:
 
 
 def test_memscrub_does_not_import_lm_eval_by_itself() -> None:
-    code = "import sys, memscrub.scrub; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, memscrub.jobs.scrub; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

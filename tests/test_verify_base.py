@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from memscrub import vector_changes
-from memscrub.checkpoint import INDEX, digest_files, open_checkpoint, read_tensor, tree_digest
-from memscrub.edit_ledger import check_edit
 from memscrub.errors import ExitCode, SignatureInvalidError, UsageError
-from memscrub.report import REPORT_NAME, CheckpointRecord, EditRecord, Report, TensorRecord, load_report
-from memscrub.vector_changes import changes, ranges
-from memscrub.writing import TensorChange, tensor_digest, write_checkpoint
+from memscrub.proof.edit_ledger import check_edit
+from memscrub.reports.report import REPORT_NAME, CheckpointRecord, EditRecord, Report, TensorRecord, load_report
+from memscrub.storage import vector_changes
+from memscrub.storage.checkpoint import INDEX, digest_files, open_checkpoint, read_tensor, tree_digest
+from memscrub.storage.vector_changes import changes, ranges
+from memscrub.storage.writing import TensorChange, tensor_digest, write_checkpoint
 
 OLD = Path(__file__).parent / "fixtures" / "reports" / "0.1.0"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -275,7 +275,7 @@ def test_without_the_report_of_a_fix_there_is_nothing_to_check(copy: Path) -> No
 
 def test_checking_reads_in_small_pieces_and_loads_no_torch(workshop: Path) -> None:
     code = (
-        "import sys; from memscrub.edit_ledger import check_edit; check_edit(sys.argv[1], sys.argv[2])\n"
+        "import sys; from memscrub.proof.edit_ledger import check_edit; check_edit(sys.argv[1], sys.argv[2])\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import SignatureInvalidError, UsageError
-from memscrub.gating import gate
-from memscrub.keys import load_private_key, load_public_key
-from memscrub.report import REPORT_NAME, load_report
-from memscrub.scrub import Signing, fix
-from memscrub.signing import verify_directory
+from memscrub.jobs.gating import gate
+from memscrub.jobs.scrub import Signing, fix
+from memscrub.proof.keys import load_private_key, load_public_key
+from memscrub.proof.signing import verify_directory
+from memscrub.reports.report import REPORT_NAME, load_report
 
 OLD = Path(__file__).parent / "fixtures" / "reports" / "0.1.0"
 PASSWORD = "MEMSCRUB_KEY_PASSWORD"
@@ -37,7 +37,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(folder: Path, name: str) -> str:
-    from memscrub.keys import generate_keypair
+    from memscrub.proof.keys import generate_keypair
 
     return generate_keypair(folder / f"{name}.pem", folder / f"{name}.pub")
 
@@ -92,8 +92,8 @@ def test_a_directory_with_another_weight_fails_at_the_tensor(workshop: Path, she
     """Signed as it is, with a report that is true of its files, and one change that no edit states."""
     from dataclasses import replace
 
-    from memscrub.checkpoint import digest_files, open_checkpoint, tree_digest
-    from memscrub.signing import sign_directory
+    from memscrub.proof.signing import sign_directory
+    from memscrub.storage.checkpoint import digest_files, open_checkpoint, tree_digest
 
     root = Path(shutil.copytree("mine", tmp_path / "m"))
     for name in ("model.sig", "memscrub-report.dsse.json", "memscrub-summary.dsse.json"):

@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from memscrub.checkpoint import INDEX, SINGLE, Checkpoint, digest_files, open_checkpoint, read_tensor
 from memscrub.errors import (
     CheckpointError,
     ExitCode,
@@ -30,7 +29,8 @@ from memscrub.errors import (
     OutputError,
     UsageError,
 )
-from memscrub.writing import PartialDirectory, changed_tensors, disk_errors, write_checkpoint
+from memscrub.storage.checkpoint import INDEX, SINGLE, Checkpoint, digest_files, open_checkpoint, read_tensor
+from memscrub.storage.writing import PartialDirectory, changed_tensors, disk_errors, write_checkpoint
 
 NAMES = ("double", "single", "half", "brain", "experts", "bias")
 DTYPES = {
@@ -422,7 +422,7 @@ def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
 
 def test_a_killed_run_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from memscrub.partial import PartialDirectory\n"
+        "import sys, time; from memscrub.storage.partial import PartialDirectory\n"
         "with PartialDirectory(sys.argv[1]) as p:\n"
         "    (p.path / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -69,7 +69,7 @@ def _watch(log: Path) -> None:
 
 
 if __name__ == "__main__":
-    from memscrub.cli import main
+    from memscrub.cli.app import main
 
     _watch(Path(sys.argv[1]))
     sys.argv = ["memscrub", *sys.argv[2:]]

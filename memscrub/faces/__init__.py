@@ -1,1 +1,1 @@
-"""The faces of a report: each module writes one report in one format that other tools or people read."""
+"""A report as HTML, JUnit, SARIF, Markdown and for CI systems; decides nothing."""

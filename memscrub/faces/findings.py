@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from memscrub.judgement import Finding, Status
-from memscrub.locality_limits import limit_of
-from memscrub.report import Report, TextRecord
-from memscrub.standing import Ordinary, broken_locality
-from memscrub.verdict import Outcome
+from memscrub.reports.judgement import Finding, Status
+from memscrub.reports.locality_limits import limit_of
+from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.standing import Ordinary, broken_locality
+from memscrub.reports.verdict import Outcome
 
 
 class Level(str, Enum):

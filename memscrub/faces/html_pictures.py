@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memscrub.faces.html_view import ClassRow, number
-from memscrub.report import EditRecord, LocalityRecord, TensorRecord
+from memscrub.reports.report import EditRecord, LocalityRecord, TensorRecord
 
 # The plane of the first picture: its frame, and the room for labels right of it.
 LEFT, TOP, WIDTH, HEIGHT = 46.0, 16.0, 330.0, 210.0

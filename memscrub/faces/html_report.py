@@ -23,8 +23,8 @@ from memscrub.faces.html_rows import row_data, strip_data
 from memscrub.faces.html_safe import content_policy, script_json
 from memscrub.faces.html_tokens import TokenView
 from memscrub.faces.html_view import TITLES, class_rows, lead, limit_rows, moment, number
-from memscrub.report import CheckpointRecord, Report
-from memscrub.sentences import class_sentences, depth_sentences
+from memscrub.reports.report import CheckpointRecord, Report
+from memscrub.reports.sentences import class_sentences, depth_sentences
 
 _SCRIPTS = ("html_strips.js", "html_table.js", "html_page.js")
 

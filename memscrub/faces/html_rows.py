@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memscrub.faces.html_tokens import MARGINS, PROBABILITIES, TokenView, probability
-from memscrub.judgement import Judgement, Measures, Status
-from memscrub.report import Report, TextRecord
-from memscrub.summary import log_probability
+from memscrub.reports.judgement import Judgement, Measures, Status
+from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.summary import log_probability
 
 _MOST = 1.0e308
 # In the order in which they are sorted: what needs a reader first.

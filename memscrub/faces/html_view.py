@@ -13,11 +13,11 @@ from datetime import datetime
 
 from memscrub.faces.html_rows import share, standing
 from memscrub.faces.html_tokens import probability
-from memscrub.judgement import Finding, Judgement, Measures, Status
-from memscrub.locality_limits import broken_distance, limit_of
-from memscrub.report import Report, TextRecord
-from memscrub.summary import by_class, log_probability
-from memscrub.verdict import Outcome
+from memscrub.reports.judgement import Finding, Judgement, Measures, Status
+from memscrub.reports.locality_limits import broken_distance, limit_of
+from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.summary import by_class, log_probability
+from memscrub.reports.verdict import Outcome
 
 TITLES = {"scan": "Scan", "fix": "Fix", "gate": "Gate"}
 HEADLINES = {

@@ -17,9 +17,9 @@ from junitparser import Attr, Error, Failure, IntAttr, JUnitXml, Skipped, TestCa
 
 from memscrub.faces.findings import LOCALITY_LIMITS, Entry, Level, entries, of_text
 from memscrub.faces.places import place_of
-from memscrub.report import Report
-from memscrub.summary import by_class
-from memscrub.verdict import Outcome
+from memscrub.reports.report import Report
+from memscrub.reports.summary import by_class
+from memscrub.reports.verdict import Outcome
 
 ORDINARY = "ordinary text"
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from memscrub.faces.escaping import markdown
 from memscrub.faces.findings import Entry, Level, entries
-from memscrub.judgement import Measures, Status
-from memscrub.report import Report, TextRecord
-from memscrub.sentences import class_sentences, depth_sentences
-from memscrub.summary import by_class, log_probability
-from memscrub.verdict import Outcome
+from memscrub.reports.judgement import Measures, Status
+from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.sentences import class_sentences, depth_sentences
+from memscrub.reports.summary import by_class, log_probability
+from memscrub.reports.verdict import Outcome
 
 VERDICTS = {
     Outcome.PASS: "PASS",

@@ -12,8 +12,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from memscrub.errors import OutputError, UsageError
 from memscrub.faces.markdown import foot, head
-from memscrub.report import Report
-from memscrub.statements import SIGNATURE
+from memscrub.proof.statements import SIGNATURE
+from memscrub.reports.report import Report
 
 BEGIN = "<!-- memscrub: begin (written by `memscrub report --model-card`) -->"
 END = "<!-- memscrub: end -->"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from memscrub.faces.escaping import printable
-from memscrub.report import REPORT_NAME, Report
+from memscrub.reports.report import REPORT_NAME, Report
 
 
 @dataclass(frozen=True)

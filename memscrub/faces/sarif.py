@@ -18,7 +18,7 @@ from urllib.parse import quote
 from memscrub.faces.escaping import clipped, sarif
 from memscrub.faces.findings import RULES, Entry, Level, entries
 from memscrub.faces.places import place_of
-from memscrub.report import Report
+from memscrub.reports.report import Report
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 # "SARIF results exceed limit" in GitHub's documentation: more than the first are refused, 5,000 are shown, by

@@ -13,7 +13,7 @@ from memscrub.faces.escaping import clipped, command_data, command_property
 from memscrub.faces.findings import Entry, Level, entries
 from memscrub.faces.markdown import ENTRY_HEADER, entry_row, foot, head
 from memscrub.faces.places import place_of
-from memscrub.report import Report
+from memscrub.reports.report import Report
 
 MAX_BYTES = 1 << 20
 MAX_ANNOTATIONS = 10

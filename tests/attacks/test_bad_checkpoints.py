@@ -20,8 +20,8 @@ from models import random_text, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memscrub.checkpoint import CONFIG, INDEX, SINGLE
-from memscrub.cli import main
+from memscrub.cli.app import main
+from memscrub.storage.checkpoint import CONFIG, INDEX, SINGLE
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DOWN = "model.layers.0.mlp.down_proj.weight"

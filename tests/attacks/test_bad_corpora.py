@@ -17,9 +17,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memscrub import corpora
-from memscrub.corpora import FileEnd, Piece, find_files, read_file
 from memscrub.errors import UsageError
+from memscrub.texts import corpora
+from memscrub.texts.corpora import FileEnd, Piece, find_files, read_file
 
 
 def read(path: Path, **options: object) -> tuple[list[Piece], FileEnd]:

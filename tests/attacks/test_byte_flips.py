@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import MemscrubError, SignatureInvalidError
-from memscrub.patch import open_patch
-from memscrub.provenance import provenance_of
-from memscrub.report import REPORT_NAME, load_report
-from memscrub.signing import generate_keypair, sign_directory, sign_report, verify_directory
-from memscrub.statements import REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE
+from memscrub.proof.provenance import provenance_of
+from memscrub.proof.signing import generate_keypair, sign_directory, sign_report, verify_directory
+from memscrub.proof.statements import REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE
+from memscrub.reports.report import REPORT_NAME, load_report
+from memscrub.storage.patch import open_patch
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "reports" / "0.1.0"
 SIGNATURES = (SIGNATURE, REPORT_ENVELOPE, SUMMARY_ENVELOPE)

@@ -18,14 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memscrub.checkpoint import open_checkpoint
-from memscrub.corpora import find_files, read_file
 from memscrub.errors import CheckpointError, MemscrubError, PolicyError, ProtectedTextError, UsageError
-from memscrub.normal_form import nfc
-from memscrub.policy import load_policy, parse_policy
-from memscrub.protected import load_protected, load_texts
-from memscrub.report import load_report
-from memscrub.signing import generate_keypair, verify_directory
+from memscrub.policy.document import load_policy, parse_policy
+from memscrub.proof.signing import generate_keypair, verify_directory
+from memscrub.reports.report import load_report
+from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.texts.corpora import find_files, read_file
+from memscrub.texts.normal_form import nfc
+from memscrub.texts.protected import load_protected, load_texts
 
 HEAD = 'schema = 1\nname = "x"\n[protected]\nfiles = ["texts.jsonl"]\n[class.a]\n'
 ACCENTS = "\u0301\u0316"  # in an order that normalisation has to change

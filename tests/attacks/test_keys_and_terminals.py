@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 from memscrub.errors import LONGEST_MESSAGE, MemscrubError, UsageError, printable
-from memscrub.keys import generate_keypair, load_private_key
-from memscrub.list_formats import read_format
-from memscrub.policy import load_policy
-from memscrub.protected import load_protected
+from memscrub.policy.document import load_policy
+from memscrub.proof.keys import generate_keypair, load_private_key
+from memscrub.texts.list_formats import read_format
+from memscrub.texts.protected import load_protected
 
 PASSWORD = "Zebra-hunter2-Quilt"
 EVIL = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r"

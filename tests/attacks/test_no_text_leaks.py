@@ -21,7 +21,7 @@ from models import WORDS, ids_of, random_text, tiny_checkpoint
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 
-from memscrub.cli import main
+from memscrub.cli.app import main
 
 WORDY = random_text(101, 24)
 SECRET = random_text(102, 24)

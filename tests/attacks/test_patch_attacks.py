@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memscrub.checkpoint import INDEX, Checkpoint, digest_files, open_checkpoint, tree_digest
 from memscrub.errors import ExitCode, MemscrubError, SignatureInvalidError, UsageError
-from memscrub.patch import PatchFile, header_bytes, open_patch, read_range, save_patch
-from memscrub.patch_files import apply_patch, revert_patch, write_patch
+from memscrub.storage.checkpoint import INDEX, Checkpoint, digest_files, open_checkpoint, tree_digest
+from memscrub.storage.patch import PatchFile, header_bytes, open_patch, read_range, save_patch
+from memscrub.storage.patch_files import apply_patch, revert_patch, write_patch
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 Stated = dict[str, Any]

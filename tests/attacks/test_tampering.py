@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from memscrub.checkpoint import INDEX, SINGLE, open_checkpoint
 from memscrub.errors import CheckpointError, ExitCode, SignatureInvalidError
-from memscrub.signing import generate_keypair, sign_directory, sign_report, verify_directory
-from memscrub.statements import REPORT, REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE
+from memscrub.proof.signing import generate_keypair, sign_directory, sign_report, verify_directory
+from memscrub.proof.statements import REPORT, REPORT_ENVELOPE, SIGNATURE, SUMMARY_ENVELOPE
+from memscrub.storage.checkpoint import INDEX, SINGLE, open_checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -283,9 +283,9 @@ def test_a_pipe_is_refused_without_waiting_for_it(model: Path, workshop: Path) -
 
 def test_a_signed_name_that_leads_out_is_never_opened(workshop: Path, tmp_path: Path) -> None:
     """Even the signer cannot make a verifier read outside: names are compared, not joined."""
-    from memscrub.files import sha256_file
-    from memscrub.keys import load_private_key
-    from memscrub.statements import PAYLOAD_TYPE, model_statement
+    from memscrub.proof.keys import load_private_key
+    from memscrub.proof.statements import PAYLOAD_TYPE, model_statement
+    from memscrub.storage.files import sha256_file
 
     root = build(tmp_path / "m")
     sign_directory(root, workshop / "signer.pem")
@@ -299,8 +299,8 @@ def test_a_signed_name_that_leads_out_is_never_opened(workshop: Path, tmp_path: 
 
 def test_a_signer_cannot_leave_files_out_of_the_signature(workshop: Path, tmp_path: Path) -> None:
     """The format lets the signer list ignored paths; a verifier that honoured them would verify nothing."""
-    from memscrub.keys import load_private_key
-    from memscrub.statements import MODEL_PREDICATE, PAYLOAD_TYPE, root_digest, statement_bytes
+    from memscrub.proof.keys import load_private_key
+    from memscrub.proof.statements import MODEL_PREDICATE, PAYLOAD_TYPE, root_digest, statement_bytes
 
     root = build(tmp_path / "m")
     (root / REPORT).unlink()

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from memscrub import checkpoint, corpora, errors, policy_errors, report, safetensors_header, text_files, toml_lines
+from memscrub import errors
+from memscrub.policy import mistakes as policy_errors
+from memscrub.policy import toml_lines
+from memscrub.reports import report
+from memscrub.storage import checkpoint, safetensors_header
+from memscrub.texts import corpora, text_files
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from memscrub.corpora import find_files, read_file
-from memscrub.list_formats import read_format
-from memscrub.policy import load_policy, parse_policy
-from memscrub.protected import load_protected
-from memscrub.report import load_report
+from memscrub.policy.document import load_policy, parse_policy
+from memscrub.reports.report import load_report
+from memscrub.texts.corpora import find_files, read_file
+from memscrub.texts.list_formats import read_format
+from memscrub.texts.protected import load_protected
 from tests.fuzz.mutators import (
     TOML_TOKENS,
     Mutator,
@@ -197,7 +197,7 @@ def _checkpoint(name: str) -> Callable[[Path], Prepared]:
     """A checkpoint of two shards, of which the file `name` is fuzzed."""
 
     def prepare(folder: Path) -> Prepared:
-        from memscrub.checkpoint import open_checkpoint
+        from memscrub.storage.checkpoint import open_checkpoint
 
         shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         ones = np.ones((2, 3), np.float32)
@@ -227,7 +227,7 @@ def _adapter(name: str) -> Callable[[Path], Prepared]:
     """A LoRA adapter, of which the file `name` is fuzzed."""
 
     def prepare(folder: Path) -> Prepared:
-        from memscrub.adapters import open_adapter
+        from memscrub.storage.adapters import open_adapter
 
         settings = {
             "peft_type": "LORA",
@@ -265,8 +265,8 @@ def _report(folder: Path) -> Prepared:
 
 
 def _signed(folder: Path) -> None:
-    from memscrub.keys import generate_keypair
-    from memscrub.signing import sign_directory, sign_report
+    from memscrub.proof.keys import generate_keypair
+    from memscrub.proof.signing import sign_directory, sign_report
 
     generate_keypair(folder / "key.pem", folder / "key.pub")
     root = folder / "model"
@@ -281,7 +281,7 @@ def _signature(name: str) -> Callable[[Path], Prepared]:
     """A signed directory, of which the file `name` is fuzzed."""
 
     def prepare(folder: Path) -> Prepared:
-        from memscrub.signing import verify_directory
+        from memscrub.proof.signing import verify_directory
 
         _signed(folder)
         file = folder / "model" / name
@@ -302,10 +302,10 @@ def _statement(name: str) -> Callable[[Path], Prepared]:
     def prepare(folder: Path) -> Prepared:
         import base64
 
-        from memscrub.files import write_json
-        from memscrub.keys import load_private_key
-        from memscrub.signing import verify_directory
-        from memscrub.statements import PAYLOAD_TYPE
+        from memscrub.proof.keys import load_private_key
+        from memscrub.proof.signing import verify_directory
+        from memscrub.proof.statements import PAYLOAD_TYPE
+        from memscrub.storage.files import write_json
 
         _signed(folder)
         file = folder / "model" / name
@@ -324,7 +324,7 @@ def _statement(name: str) -> Callable[[Path], Prepared]:
 
 
 def _keys(folder: Path) -> Prepared:
-    from memscrub.keys import generate_keypair, load_private_key, load_public_key
+    from memscrub.proof.keys import generate_keypair, load_private_key, load_public_key
 
     pems = []
     for kind, password in (("ec-p256", None), ("ed25519", None), ("ed25519", "word")):
@@ -345,10 +345,10 @@ def _patch(folder: Path) -> Prepared:
     import torch
     from safetensors.torch import save_file
 
-    from memscrub.checkpoint import open_checkpoint
-    from memscrub.files import strict_json
-    from memscrub.patch import open_patch
-    from memscrub.patch_files import write_patch
+    from memscrub.storage.checkpoint import open_checkpoint
+    from memscrub.storage.files import strict_json
+    from memscrub.storage.patch import open_patch
+    from memscrub.storage.patch_files import write_patch
 
     torch.set_num_threads(1)
     tensors = {"places": torch.zeros(8, 9), "vectors": torch.zeros(4, 6), "mask": torch.zeros(6, 5)}
@@ -390,8 +390,8 @@ def _patch(folder: Path) -> Prepared:
 def _statistics(folder: Path) -> Prepared:
     import torch
 
-    from memscrub.disturbance import Metric
-    from memscrub.statistics_file import load_metrics, save_metrics
+    from memscrub.edit.disturbance import Metric
+    from memscrub.edit.statistics_file import load_metrics, save_metrics
 
     torch.set_num_threads(1)
     key = {"checkpoint": "0" * 64, "seed": "0"}
@@ -406,9 +406,9 @@ def _statistics(folder: Path) -> Prepared:
 
 
 def _journal(folder: Path) -> Prepared:
-    from memscrub.corpora import FileEnd
-    from memscrub.mining_journal import COUNTS, Journal, LotFound
-    from memscrub.mining_stretches import Stretch
+    from memscrub.mining.journal import COUNTS, Journal, LotFound
+    from memscrub.mining.stretches import Stretch
+    from memscrub.texts.corpora import FileEnd
 
     key = {"checkpoint": "0" * 64, "limit": 16}
     stretch = Stretch(0, 1, 1, 0, 2, 4, 9, 17, False, f"{CANARY}")

@@ -1,0 +1,1 @@
+"""The command line: commands, options, what the terminal shows; decides nothing."""

@@ -1,0 +1,97 @@
+"""What every command does with its output: progress on a terminal, the report to its file and the screen, remarks.
+
+Part of the command line; decides nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from memscrub.cli.page_output import Page, write_page
+from memscrub.errors import UsageError
+
+if TYPE_CHECKING:
+    from memscrub.jobs.scrub import Fixed
+    from memscrub.journals.run_log import RunLog
+    from memscrub.measures.measure import Progress
+    from memscrub.reports.report import Report
+
+
+@contextmanager
+def progress_shown(quiet: bool, log: RunLog | None = None) -> Iterator[Progress]:
+    """How far a run has got, on standard error and in its log."""
+    from memscrub.cli.progress import shown
+
+    with shown(Console(stderr=True), quiet=quiet) as progress:
+
+        def both(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            if log is not None:
+                log.stage(stage, done, total)
+
+        yield both
+
+
+def remarks(quiet: bool, log: RunLog) -> Callable[[str], None]:
+    """What is done with a use case's remarks: logged, and shown unless quiet."""
+
+    def remark(sentence: str) -> None:
+        log.remark(sentence)
+        if not quiet:
+            say(sentence)
+
+    return remark
+
+
+def deliver(report: Report, file: Path | None, *, as_json: bool, quiet: bool, page: Page | None = None) -> None:
+    """Write the report, and its page if asked for, before anything is printed: a broken pipe must not cost them."""
+    if file is not None:
+        write_report(report, file)
+    if page is not None:
+        with progress_shown(quiet) as progress:
+            write_page(report, page, progress)
+    if as_json:
+        sys.stdout.write(report.to_json())
+    elif not quiet:
+        from memscrub.cli.console import show_report
+
+        show_report(Console(), report)
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Write the JSON report; another run's at the same place is replaced whole, never mixed with it."""
+    from memscrub.storage.files import replacing
+    from memscrub.storage.partial import disk_errors
+
+    with disk_errors(file):
+        if file.exists() and not file.is_file():  # a pipe or device is written to, never replaced
+            file.write_text(report.to_json(), encoding="utf-8")
+            return
+        with replacing(Path(os.path.realpath(file))) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.write(report.to_json())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def check_report_file(file: Path | None) -> None:
+    """A report that cannot be written should be known before an hour of work."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UsageError(f"{file}: the report cannot be written there; name a file in a folder that exists.")
+
+
+def say(sentence: str) -> None:
+    """A remark for people: on standard error, so that `--json` output stays JSON."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(sentence, markup=False)
+
+
+def say_written(fixed: Fixed, unwritten: str) -> None:
+    """Where the result of a fix lies and whether it is signed; `unwritten` where there is none."""
+    how = "signed" if fixed.signed else "not signed: give --sign KEY to sign it"
+    say(unwritten if fixed.directory is None else f"written to {fixed.directory} ({how})")

@@ -1,0 +1,209 @@
+"""The joint solver on a policy's texts: stage by stage, cheapest first, taken back where there is no room for it.
+
+After the last stage the model is measured on the solver's half of the retain text. An edit that breaks a locality
+limit is taken back, and the texts that cost least are edited instead, as many as there is room for. Writes nothing;
+the judge's half is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from memscrub.edit.attention import top_heads
+from memscrub.edit.breakpoints import Demand, planned_cost
+from memscrub.edit.calibration import price_factors
+from memscrub.edit.demands import demand_of
+from memscrub.edit.disturbance import Metric
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.joint import EditOutcome, EditSettings, JointEdit
+from memscrub.edit.linearise import prices, states_of
+from memscrub.edit.modes import Mode, available_modes, fixed_distractor
+from memscrub.edit.solver import Linearised
+from memscrub.jobs.refine import Further, near_verbatim, other_contexts
+from memscrub.jobs.scanning import Inputs
+from memscrub.locality.distance import compare
+from memscrub.measures.ceilings import with_ceilings
+from memscrub.measures.extraction import NOISE
+from memscrub.measures.measure import Progress
+from memscrub.models.originals import OriginalsOnDisk
+from memscrub.models.site_finding import sites_of
+from memscrub.models.sites import Site
+from memscrub.models.trace import weights_swapped
+from memscrub.reports.locality_limits import broken_distance
+
+# After a run the texts are gone over again at most this often, where they still come out elsewhere.
+REFINEMENTS = 4
+# Where further demands join, the rounds go on from this one of the schedule.
+RESUME = 4
+# The metrics are held against measured prices after this many rounds. What the rounds after these keep of the edit
+# made until then is a few hundredths in the end.
+CALIBRATE_AFTER = 2
+CALIBRATION_ROWS = 8
+# Where not all texts fit: shares of them that are tried, those that cost least first.
+SHARES = (0.75, 0.5, 0.25, 0.1)
+
+Metrics = Callable[[Sequence[Site]], list[Metric]]
+Stored = Callable[[Sequence[Site]], dict[str, torch.dtype]]
+
+
+@dataclass
+class JointStages:
+    """The stages of one joint edit. `metrics` measures the unedited model; `ordinary` is the solver's text.
+
+    After `run`: `outcome` of the edit that is live, the `stages` tried, the `rounds` they took, and a sentence in
+    `no_room` for each locality limit that kept texts from being edited.
+    """
+
+    inputs: Inputs
+    metrics: Metrics = field(repr=False)
+    stored: Stored = field(repr=False)
+    ordinary: Tensor = field(repr=False)
+    progress: Progress = field(repr=False)
+    stages: list[str] = field(default_factory=list)
+    rounds: int = 0
+    no_room: tuple[str, ...] = ()
+
+    def run(self) -> tuple[EditableModel, EditOutcome]:
+        """Edit until the policy holds on all texts or nothing more can be tried."""
+        edit = self._begin()
+        outcome = self._calibrated(edit)
+        outcome = self._other_modes(edit, outcome)
+        outcome = self._attention(edit, outcome)
+        self.no_room = self._broken(edit)
+        if self.no_room:
+            outcome = self._what_fits(edit)
+        return edit.editable, outcome
+
+    def _begin(self) -> JointEdit:
+        fix = self.inputs.policy.fix
+        kinds = {"mlp": ("mlp",), "mlp+attention": ("mlp", "attention")}.get(fix.sites, ("mlp", "attention", "query"))
+        sites = sites_of(self.inputs.loaded, kinds=kinds, layers=None if fix.layers == "all" else fix.layers)
+        disk = None if self.inputs.loaded.lean is None else OriginalsOnDisk(self.inputs.ckpt)
+        editable = EditableModel(self.inputs.loaded, sites, self.stored(sites), disk=disk)
+        edit = JointEdit(editable, self.metrics(sites), EditSettings(fix.margin, fix.rounds))
+        self.stages.append(fix.sites)
+        edit.demand(self._demands(edit))
+        return edit
+
+    def _demands(self, edit: JointEdit) -> list[Demand]:
+        mode = self.inputs.policy.fix.mode
+        if mode != "ensemble":
+            return self._in_mode(Mode(mode))
+        return [ranked[0] for ranked in self._by_cost(edit)]
+
+    def _in_mode(self, mode: Mode) -> list[Demand]:
+        policy = with_ceilings(self.inputs.loaded, self.inputs.policy, self.inputs.controls)
+        rival = fixed_distractor(self.inputs.loaded.tokenizer, mode, policy.fix.marker)
+        return [
+            demand_of(text, policy.classes[text.class_name], policy.probe, mode, rival) for text in self.inputs.texts
+        ]
+
+    def _by_cost(self, edit: JointEdit) -> list[list[Demand]]:
+        """Each text's demand in every mode, the one of least predicted disturbance first."""
+        ranked: list[list[tuple[float, Demand]]] = [[] for _ in self.inputs.texts]
+        for mode in available_modes(self.inputs.loaded.tokenizer, self.inputs.policy.fix.marker):
+            demands = self._in_mode(mode)
+            for options, demand, cost in zip(ranked, demands, self._costs(edit, demands), strict=True):
+                options.append((cost, demand))
+        return [[demand for _, demand in sorted(options, key=lambda pair: pair[0])] for options in ranked]
+
+    def _costs(self, edit: JointEdit, demands: Sequence[Demand]) -> list[float]:
+        settings, noise = edit.settings, NOISE[self.inputs.loaded.dtype]
+        margin, tokens = settings.margin, settings.batch_tokens
+        priced = prices(edit.editable, edit.metrics, demands, margin=margin, batch_tokens=tokens)
+        states = states_of(self.inputs.loaded, demands, batch_tokens=tokens)
+        triples = zip(demands, states, priced, strict=True)
+        return [planned_cost(demand, state, price, margin, noise) for demand, state, price in triples]
+
+    def _calibrated(self, edit: JointEdit) -> EditOutcome:
+        """A few rounds to see what sites truly cost, then the run with prices that are true to it."""
+        edit.rehearse(CALIBRATE_AFTER)
+        rows = self.ordinary[:: max(1, len(self.ordinary) // CALIBRATION_ROWS)][:CALIBRATION_ROWS]
+        factors = price_factors(edit.editable, edit.metrics, rows)
+        edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
+        return self._refined(edit)
+
+    def _refined(self, edit: JointEdit) -> EditOutcome:
+        """Run, and go over again what still comes out in the model's own continuations or in other contexts."""
+        outcome = self._run(edit)
+        for _ in range(REFINEMENTS):
+            further = self._further(edit)
+            if not further.demands:
+                break
+            edit.demand(further.demands, further.held)
+            edit.steps = min(edit.steps, RESUME)
+            outcome = self._run(edit)
+        return outcome
+
+    def _further(self, edit: JointEdit) -> Further:
+        return near_verbatim(self.inputs) + other_contexts(self.inputs, edit, self.ordinary)
+
+    def _run(self, edit: JointEdit) -> EditOutcome:
+        limit = edit.settings.rounds
+        outcome = edit.run(lambda done, unmet: self.progress(f"edit rounds ({unmet} demands unmet)", done, limit))
+        self.rounds += outcome.rounds
+        return outcome
+
+    def _other_modes(self, edit: JointEdit, outcome: EditOutcome) -> EditOutcome:
+        """In an ensemble, give the texts that do not hold the mode that is next in cost."""
+        if self.inputs.policy.fix.mode != "ensemble" or not outcome.unmet:
+            return outcome
+        ranked = self._by_cost(edit)
+        for index in outcome.unmet:
+            if index < len(ranked) and len(ranked[index]) > 1:
+                now = edit.demands[index].mode
+                edit.replace(index, next(demand for demand in ranked[index] if demand.mode is not now))
+        self.stages.append("other modes")
+        edit.steps = min(edit.steps, RESUME)
+        return self._refined(edit)
+
+    def _attention(self, edit: JointEdit, outcome: EditOutcome) -> EditOutcome:
+        """Where MLP sites alone do not reach, the heads that write what still comes out join in."""
+        fix = self.inputs.policy.fix
+        if not outcome.unmet or fix.fallback != "attention" or fix.sites != "mlp":
+            return outcome
+        heads = self._heads(edit, outcome)
+        with weights_swapped(self.inputs.loaded, edit.editable.originals):
+            metrics = self.metrics(heads)
+        edit.add_sites(heads, metrics, self.stored(heads))
+        self.stages.append("attention heads")
+        edit.steps = min(edit.steps, RESUME)
+        return self._refined(edit)
+
+    def _heads(self, edit: JointEdit, outcome: EditOutcome) -> tuple[Site, ...]:
+        layers = None if self.inputs.policy.fix.layers == "all" else self.inputs.policy.fix.layers
+        everything = sites_of(self.inputs.loaded, kinds=("attention",), layers=layers)
+        constraints, owners = edit.linearised(everything)
+        unmet = torch.tensor([index for index, owner in enumerate(owners) if owner in set(outcome.unmet)])
+        chosen = [Linearised(c.activations[unmet], c.gradients[unmet]) for c in constraints]
+        return top_heads(self.inputs.loaded, everything, chosen)
+
+    def _broken(self, edit: JointEdit) -> tuple[str, ...]:
+        """The locality limits that the live edit breaks on the solver's half."""
+        measured = compare(self.inputs.loaded, edit.editable.originals, self.ordinary)
+        return tuple(broken_distance(measured, self.inputs.policy.locality))
+
+    def _what_fits(self, edit: JointEdit) -> EditOutcome:
+        """Take the edit back and make it for the cheapest share of the texts that keeps within locality."""
+        count = len(self.inputs.texts)
+        demands = edit.demands[:count]
+        edit.editable.restore()
+        costs = self._costs(edit, demands)
+        order = sorted(range(count), key=lambda index: costs[index])
+        for share in SHARES:
+            chosen = sorted(order[: int(share * count)])
+            if not chosen:
+                continue
+            self.stages.append(f"{len(chosen)} of {count} texts, for want of room")
+            smaller = JointEdit(edit.editable, edit.metrics, edit.settings)
+            smaller.demand([demands[index] for index in chosen])
+            outcome = self._run(smaller)
+            if not self._broken(smaller):
+                left = {chosen[index] for index in outcome.unmet} | (set(range(count)) - set(chosen))
+                return replace(outcome, unmet=tuple(sorted(left)))
+            edit.editable.restore()
+        return EditOutcome(tuple(range(count)), 0, 0, 0.0, 0)

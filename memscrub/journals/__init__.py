@@ -1,0 +1,1 @@
+"""What is written while a run works: journals to resume from, the run log, interrupts."""

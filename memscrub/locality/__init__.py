@@ -1,0 +1,1 @@
+"""What an edit does to ordinary text, neighbours, benign prompts and utility tasks."""

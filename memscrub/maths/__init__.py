@@ -1,0 +1,1 @@
+"""Small pure functions: intervals, odds, alignment, candidates."""

@@ -1,0 +1,1 @@
+"""What a model gives away of a text; changes nothing and judges nothing."""

@@ -1,0 +1,43 @@
+"""Limits from control texts: nothing may come closer to a protected text than to one that was never trained on.
+
+A class with `like_controls` is judged by what this checkpoint makes of the class's controls: the nearest
+continuation and the likeliest window or secret among them are the most that a protected text may show. Its other
+limits stay. Changes no limit of other classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memscrub.errors import PolicyError
+from memscrub.measures.measure import measure
+from memscrub.models.model import LoadedModel
+from memscrub.models.tokens import TokenText
+from memscrub.policy.document import Policy
+from memscrub.reports.control_limits import filled
+
+
+def with_ceilings(loaded: LoadedModel, policy: Policy, controls: Sequence[TokenText]) -> Policy:
+    """The policy with the limits of `like_controls` classes filled in from the live model's controls.
+
+    Raises PolicyError when such a class has no control texts.
+    """
+    asked = {name for name, limits in policy.classes.items() if limits.like_controls}
+    if not asked:
+        return policy
+    texts = [text for text in controls if text.class_name in asked]
+    if missing := sorted(asked - {text.class_name for text in texts}):
+        raise PolicyError(
+            f"{policy.path}: class {missing[0]} sets like_controls, but there is no control text of that class;"
+            " name a list of them in [protected] controls."
+        )
+    open_ended = {
+        name: limits.model_copy(update={"max_near_verbatim": 1.0}) if name in asked else limits
+        for name, limits in policy.classes.items()
+    }
+    measures = measure(loaded, policy.model_copy(update={"classes": open_ended}), texts).measures
+    found = dict(policy.classes)
+    for name in asked:
+        own = [each for text, each in zip(texts, measures, strict=True) if text.class_name == name]
+        found[name] = filled(policy.classes[name], own)
+    return policy.model_copy(update={"classes": found})

@@ -1,0 +1,1 @@
+"""Finding memorized texts that nobody listed, in a corpus."""

@@ -1,0 +1,1 @@
+"""The loaded model: families, sites, activations and gradients, texts as tokens."""

@@ -1,0 +1,1 @@
+"""Signatures and statements about a directory, and whether they hold."""

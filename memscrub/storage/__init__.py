@@ -1,0 +1,1 @@
+"""Bytes on disk: checkpoints, shards, partial directories, patches, conversions; knows no policy."""

@@ -1,0 +1,1 @@
+"""Protected texts and corpora as they come in files; knows no model."""
