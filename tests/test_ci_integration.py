@@ -97,7 +97,7 @@ def test_the_action_installs_its_own_revision(workspace: Path, tmp_path: Path, m
     ran = github(workspace, tmp_path / "temp", {}, ("Install memscrub",))
     assert ran.green, ran.printed
     installed = run_shell([str(target / "bin" / "memscrub"), "--version"], tmp_path, {"PYTHONPATH": str(target)})
-    assert installed.stdout.startswith("memscrub ") and (target / "memscrub" / "gating.py").is_file()
+    assert installed.stdout.startswith("memscrub ") and (target / "memscrub" / "jobs" / "gating.py").is_file()
 
 
 def gitlab(workspace: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -97,9 +97,9 @@ def test_the_joint_solver_takes_the_texts_out_and_says_what_it_did(folder: Path,
     before = snapshot(inputs.loaded)
     assert longest(inputs) > 3 * ALLOWED
     edit = edit_of(inputs)
-    assert edit.outcome.unmet == ()
+    assert edit.made.outcome.unmet == ()
     assert longest(inputs) <= ALLOWED
-    assert edit.no_room == ()
+    assert edit.made.no_room == ()
     assert set(edit.tensors()) == changed(inputs.loaded, before)
     if 'sites = "mlp"' in fix:
         assert all("down_proj" in name for name in edit.tensors())
@@ -116,7 +116,7 @@ def test_the_per_text_solver_edits_located_mlp_neurons_only(folder: Path, mode: 
     assert changed(inputs.loaded, before)
     assert all("down_proj" in name for name in changed(inputs.loaded, before))
     assert longest(inputs) < ran
-    assert len(edit.outcome.unmet) == sum(
+    assert len(edit.made.outcome.unmet) == sum(
         each.match_run > ALLOWED for each in measure(inputs.loaded, inputs.policy, inputs.texts).measures
     )
     edit.editable.restore()
@@ -156,7 +156,7 @@ def test_like_controls_makes_no_window_likelier_than_the_controls_are(folder: Pa
     before = measure(inputs.loaded, ceilings, inputs.texts).measures
     edit = edit_of(inputs)
     after = measure(inputs.loaded, ceilings, inputs.texts).measures
-    assert edit.outcome.unmet == ()
+    assert edit.made.outcome.unmet == ()
     assert min(m.window_log_probability or 0.0 for m in before) > math.log(limit)
     assert max(m.window_log_probability or 0.0 for m in after) <= math.log(limit)
     assert all((b.near_verbatim or 0.0) > (a.near_verbatim or 0.0) for b, a in zip(before, after, strict=True))
@@ -176,11 +176,11 @@ def test_where_not_all_texts_fit_those_that_cost_least_are_edited_and_the_reason
     inputs = opened(folder, 'sites = "mlp"\nfallback = "none"\nlayers = [1]')
     before = snapshot(inputs.loaded)
     edit = edit_of(inputs)
-    (reason,) = edit.no_room
+    (reason,) = edit.made.no_room
     assert "agreement" in reason and "allowed 0.9" in reason
-    assert edit.stages[0] == "mlp" and edit.stages[-1].endswith("for want of room")
+    assert edit.made.stages[0] == "mlp" and edit.made.stages[-1].endswith("for want of room")
     runs = [each.match_run for each in measure(inputs.loaded, inputs.policy, inputs.texts).measures]
-    assert edit.outcome.unmet == tuple(i for i, run in enumerate(runs) if run > ALLOWED)
-    assert 0 < len(edit.outcome.unmet) < len(runs)
+    assert edit.made.outcome.unmet == tuple(i for i, run in enumerate(runs) if run > ALLOWED)
+    assert 0 < len(edit.made.outcome.unmet) < len(runs)
     edit.editable.restore()
     assert changed(inputs.loaded, before) == set()

@@ -21,7 +21,7 @@ def key_of(loaded: LoadedModel, policy: Policy, checkpoint: Mapping[str, str], s
     return {
         "version of memscrub": f"{version('memscrub')} {MEASURES}",
         "checkpoint": tree_digest(checkpoint),
-        "policy": hashlib.sha256(f"{policy.digest} {policy.model_dump_json()}".encode()).hexdigest(),
+        "policy": hashlib.sha256(f"{policy.digest} {policy!r}".encode()).hexdigest(),
         "seed": str(seed),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": loaded.device.type,

@@ -112,13 +112,27 @@ def fix(
                 report = replace(
                     report, utility=utility_record(tool_version(), scores, run.scores(partial.path, tasks))
                 )
-            with contextlib.ExitStack() as undo:
-                if patch is not None:  # before the report, which names its digest, and the signature over that
-                    report = _write_patch(inputs, found.made, report, partial.path, patch, overwrite=overwrite)
-                    undo.callback(patch.unlink, missing_ok=True)
-                run.commit(report, signer, asked, patch)
-                undo.pop_all()
+            report = _finish(run, found.made, report, signer, asked, patch, overwrite)
             return Fixed(report, partial.target, signed=signer is not None)
+
+
+def _finish(
+    run: _Run,
+    made: EditMade,
+    report: Report,
+    signer: Signer | None,
+    asked: Mapping[str, Any],
+    patch: Path | None,
+    overwrite: bool,
+) -> Report:
+    """Patch, report, signature and name of a written directory; a patch without its directory is taken back."""
+    with contextlib.ExitStack() as undo:
+        if patch is not None:  # before the report, which names its digest, and the signature over that
+            report = _write_patch(run.inputs, made, report, run.partial.path, patch, overwrite=overwrite)
+            undo.callback(patch.unlink, missing_ok=True)
+        run.commit(report, signer, asked, patch)
+        undo.pop_all()
+    return report
 
 
 def _check_places(statistics: Path | None, patch: Path | None, outside: list[Path], overwrite: bool) -> None:
