@@ -23,6 +23,7 @@ from memscrub.bench.table import RULE, SCHEMA, Bench, Row, Setting, TextRow, bes
 from memscrub.errors import OutputError, UsageError
 from memscrub.jobs.scanning import Inputs, open_inputs
 from memscrub.measures.measure import Progress, silent
+from memscrub.models.spreading import refuse_spread
 from memscrub.policy.document import Policy
 from memscrub.reports.standing import timestamp
 from memscrub.storage.checkpoint import digest_files
@@ -70,6 +71,7 @@ def bench(
     files.check()
     if sample < 1:
         raise UsageError("the sample must have at least 1 text.")
+    refuse_spread(device)
     inputs = open_inputs(checkpoint, policy, device=device, dtype="float32", seed=seed, lean=False)
     recipes = grid() if recipes is None else recipes
     wanted = _Wanted(tuple(only))

@@ -22,7 +22,7 @@ LogFile = Annotated[Optional[Path], typer.Option("--log", help="Log to this file
 AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON report instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled statistics.", min=0, max=2**63 - 1)]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ...")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ..., or spread: all GPUs.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: auto (float32), float32, bfloat16, float16.")]
 PublicKey = Annotated[Optional[Path], typer.Option("--key", help="Public key (PEM) to verify with.")]  # noqa: UP045
 

@@ -35,6 +35,7 @@ from memscrub.locality.distance import RetainHalves
 from memscrub.locality.utility import Score, check_tasks, run_tasks, tool_version
 from memscrub.measures.measure import Progress, silent
 from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.spreading import refuse_spread
 from memscrub.models.tokens import TokenText
 from memscrub.policy.document import Policy, load_policy
 from memscrub.proof.attest import Signing as Signing
@@ -85,6 +86,7 @@ def fix(
     Raises UsageError (and its kinds) before anything is written, IncompleteError when the run cannot end; neither
     leaves anything at `out`.
     """
+    refuse_spread(device)
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
     tasks = _tasks(rules, utility)
     _check_places(statistics, patch, [Path(checkpoint), Path(out)], overwrite)

@@ -20,6 +20,7 @@ from memscrub.errors import CheckpointError, NumericalError, UsageError
 from memscrub.models.architecture import Family, family_of
 from memscrub.models.lean_weights import LeanWeights, lean_dtype, widen_constants
 from memscrub.models.sites import Site, as_columns
+from memscrub.models.spreading import SPREAD, spread
 from memscrub.storage.checkpoint import Checkpoint
 from memscrub.storage.untrusted_config import Reading, check_counts, check_size, without_kernels
 
@@ -80,7 +81,7 @@ class LoadedModel:
         No attention mask is needed: padding comes after the text, and every position sees only its past.
         """
         output: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-        return output.float()
+        return output.float().to(self.device)
 
     @cached_property
     def projects(self) -> bool:
@@ -93,7 +94,7 @@ class LoadedModel:
         count = min(8, self.max_positions)
         ids = ((torch.arange(count, device=self.device) * 7919 + 1) % self.vocabulary)[None]
         with torch.inference_mode():
-            own, found = self.logits(ids), self._head(self._base(input_ids=ids, use_cache=False)[0])
+            own, found = self.logits(ids), self._head(self._base(input_ids=ids, use_cache=False)[0]).to(self.device)
             same = own.shape == found.shape and (own - found).abs().max() <= _SAME_LOGITS[self.dtype] * own.abs().max()
         return bool(same)
 
@@ -111,11 +112,11 @@ class LoadedModel:
         model = self._base if self.projects else self.model
         output: Any = model(input_ids=tokens, past_key_values=past, use_cache=cached)
         features: Tensor = output[0] if self.projects else output.logits
-        return features, output.past_key_values if cached else None
+        return features.to(self.device), output.past_key_values if cached else None
 
     def unembed(self, features: Tensor) -> Tensor:
         """Next-token logits `[n, vocabulary]` in float32 from features `[n, ...]`."""
-        return self._head(features) if self.projects else features.float()
+        return self._head(features).to(self.device) if self.projects else features.float()
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
@@ -162,15 +163,16 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto", l
     """Load a checkpoint for measuring: evaluation mode, no parameter asks for gradients.
 
     With `lean` the weights stay in their stored dtype where that gives the same results (`lean_weights`); None: for
-    large checkpoints. Raises CheckpointError when transformers cannot read it or a weight is missing, NumericalError
-    when a weight is not finite.
+    large checkpoints. The device "spread" is all GPUs together (`spreading`). Raises CheckpointError when transformers
+    cannot read it or a weight is missing, NumericalError when a weight is not finite.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     family = family_of(ckpt.config)
-    where, arithmetic = choose_device(device), choose_dtype(dtype)
+    where, arithmetic = choose_device("auto" if device == SPREAD else device), choose_dtype(dtype)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    lean = False if device == SPREAD else lean
     narrow = lean_dtype(ckpt, wanted=lean) if arithmetic is torch.float32 else None
     check_counts(ckpt.config, len(ckpt.tensors))
     with Reading(ckpt.path), _quiet_transformers():
@@ -194,8 +196,10 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto", l
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if narrow is not None and not widen_constants(model):
         return load_model(ckpt, device=device, dtype=dtype, lean=False)
-    model = model.to(where).eval().requires_grad_(False)
+    model = model.to("cpu" if device == SPREAD else where).eval().requires_grad_(False)
     _check_finite(ckpt, model)
+    if device == SPREAD:
+        model = spread(model)
     begin = tokenizer.bos_token_id
     return LoadedModel(
         model=model,
