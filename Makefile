@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memscrub-installed
-PYTEST_FLAGS ?= -q -n 2
+PYTEST_FLAGS ?= -q -n 2 --dist worksteal
 FUZZ_INPUTS ?= 1000000
 
 .DEFAULT_GOAL := test
@@ -36,7 +36,7 @@ imports: $(STAMP)  ## the layers of pyproject.toml
 	$(BIN)/lint-imports
 
 pytest: $(STAMP)  ## the tests alone, two at a time; PYTEST_FLAGS=-q for one
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
 
 fuzz: $(STAMP)  ## a million inputs for the parsers of untrusted files, watched by Atheris (12 minutes of a core)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
