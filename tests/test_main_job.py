@@ -181,7 +181,10 @@ def test_a_fix_out_of_reach_exits_4_and_withholds_the_directory(tmp_path: Path) 
     folder = tmp_path / "work"
     lay_out(folder)
     policy = (folder / "policy.toml").read_text().replace("max_kl = 0.01", "max_kl = 1e-9")
+    policy = policy.replace("max_tokens = 40_000", "max_tokens = 4_000")
     (folder / "policy.toml").write_text(policy + "[fix]\nrounds = 2\n")
+    protected = folder / "protected.jsonl"  # a few texts are enough to find no room
+    protected.write_text("".join(protected.read_text().splitlines(keepends=True)[:8]))
     done = run(
         "fix", folder / "checkpoint", "--policy", folder / "policy.toml", "--out", folder / "out",
         "--report", tmp_path / "report.json",

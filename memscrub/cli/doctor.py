@@ -79,7 +79,7 @@ def _torch() -> Check:
 
 
 def _embedded() -> Check:
-    folder = Path(__file__).resolve().parent / "embedded"
+    folder = Path(__file__).resolve().parent.parent / "embedded"
     good = (folder / "checkpoint" / "model.safetensors").is_file() and (folder / "protected.jsonl").is_file()
     return Check("embedded checkpoint", good, "present" if good else "missing", "reinstall memscrub")
 
