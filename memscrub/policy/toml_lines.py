@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,15 @@ def line_of(text: str, keys: Sequence[str | int]) -> int:
     return low + 1
 
 
-def _parsed(lines: list[str], count: int) -> dict[str, Any] | None:
+def _parsed(lines: list[str], count: int) -> Mapping[str, Any] | None:
+    return _loaded("\n".join(lines[:count]) + "\n")
+
+
+@functools.lru_cache(maxsize=128)
+def _loaded(text: str) -> Mapping[str, Any] | None:
+    # Kept: a file with several mistakes has the same beginnings parsed for each of them.
     try:
-        values: dict[str, Any] = tomllib.loads("\n".join(lines[:count]) + "\n")
+        values: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError):
         return None
     return values
