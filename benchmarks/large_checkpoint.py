@@ -3,8 +3,8 @@
     python benchmarks/large_checkpoint.py [--size 4e9] [--parts write,scan,fix] [--folder DIR] [--keep]
 
 The checkpoint is a Llama in bfloat16. A small trained Llama sits in its first coordinates and two of its layers, so
-that texts come out of it; the other layers read and compute but write zeros. Nothing is downloaded. Peak memory is
-what the operating system counted for the child process (VmHWM), and of that what no file backs (RssAnon).
+that texts come out of it; the other layers read and compute but write zeros. Nothing is downloaded. What is counted as
+memory and as extra disk is in `watched.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+from watched import watched
 
 from memscrub.proof.signing import generate_keypair, sign_directory
 from memscrub.storage.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
@@ -285,48 +288,30 @@ def _sync(out: Path) -> None:
 
 
 def _scan(checkpoint: Path, policy: Path, folder: Path, size: int) -> None:
-    ran = _watched("scan", str(checkpoint), "--policy", str(policy), "--quiet", "--device", "cpu")
+    ran = watched("scan", str(checkpoint), "--policy", str(policy), "--quiet", "--device", "cpu")
     print(f"scan: exit {ran.code}, {ran.seconds:.0f} s, peak {ran.peak / 1e9:.3f} GB = {ran.peak / size:.3f} x its size"
           f" (not backed by files: {ran.anonymous / 1e9:.3f} GB)")  # fmt: skip
 
 
 def _fix(checkpoint: Path, policy: Path, folder: Path, size: int) -> None:
     out = folder / "scrubbed"
-    ran = _watched("fix", str(checkpoint), "--policy", str(policy), "--out", str(out), "--quiet", "--device", "cpu")
+    options = ("--policy", str(policy), "--out", str(out), "--quiet", "--device", "cpu")
+    ran = watched("fix", str(checkpoint), *options, out=out)
     print(f"fix: exit {ran.code}, {ran.seconds:.0f} s, peak {ran.peak / 1e9:.3f} GB = its size"
           f" + {(ran.peak - size) / 1e9:.3f} GB (not backed by files: {ran.anonymous / 1e9:.3f} GB)")  # fmt: skip
+    print(f"fix: extra disk at most {ran.scratch / 1e9:.3f} GB before the output was written, {ran.disk / 1e9:.3f} GB"
+          f" in all; {_goal(out)}")  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Ran:
-    """One run of the command line: bytes at the peak, also of memory that no file backs."""
-
-    code: int
-    seconds: float
-    peak: int
-    anonymous: int
-
-
-def _watched(*arguments: str) -> Ran:
-    """Run memscrub and read its memory from /proc until it ends."""
-    began = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "memscrub", *arguments])
-    peak = anonymous = 0
-    while child.poll() is None:
-        found = _memory(child.pid)
-        peak, anonymous = max(peak, found.get("VmHWM", 0)), max(anonymous, found.get("RssAnon", 0))
-        time.sleep(0.02)
-    return Ran(child.returncode, time.monotonic() - began, peak, anonymous)
-
-
-def _memory(process: int) -> dict[str, int]:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-        return {}
-    pairs = (line.partition(":")[::2] for line in lines)
-    return {key: 1024 * int(rest.split()[0]) for key, rest in pairs if key in ("VmHWM", "RssAnon")}
+def _goal(out: Path) -> str:
+    """What the shards that a fix edited and its report take."""
+    report = out / "memscrub-report.json"
+    if not report.is_file():
+        return "it wrote no output, so that no shard was touched"
+    shards = {tensor["shard"] for tensor in json.loads(report.read_text())["edit"]["tensors"]}
+    size = report.stat().st_size + sum((out / shard).stat().st_size for shard in shards)
+    return f"goal: {size / 1e9:.3f} GB, the {len(shards)} touched shards and the report"
 
 
 def _options() -> argparse.Namespace:

@@ -6,19 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from models import (
-    WORDS,
     changed,
+    in_words,
     ordinary_rows,
     random_text,
     snapshot,
     tiny_checkpoint,
     token_text,
+    write_list,
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -33,11 +33,10 @@ from memscrub.edit.disturbance import Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.joint import EditSettings, JointEdit
 from memscrub.edit.low_rank import SLACK, LowRank
-from memscrub.edit.stored_metrics import store
-from memscrub.errors import IncompleteError, NumericalError
+from memscrub.errors import NumericalError
 from memscrub.locality.distance import compare
 from memscrub.models.architecture import FAMILIES
-from memscrub.models.lean_weights import LeanWeights, lean_dtype
+from memscrub.models.lean_weights import lean_dtype
 from memscrub.models.model import LoadedModel, load_model
 from memscrub.models.originals import OriginalsOnDisk, all_but
 from memscrub.models.site_finding import sites_of
@@ -50,11 +49,9 @@ RETAIN = ordinary_rows(1, rows=12, width=24)
 
 
 @pytest.fixture(autouse=True)
-def every_parameter_counts_as_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def every_parameter_counts_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrices of tiny models are below the size from which matrices stay as stored."""
-    usual = LeanWeights.__init__
-    monkeypatch.setattr(LeanWeights, "__init__", lambda self, model, dtype: usual(self, model, dtype, least=1))
-    yield
+    monkeypatch.setattr(memscrub.models.lean_weights, "LEAST", 1)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +100,14 @@ def test_logits_and_statistics_are_those_of_float32_bit_for_bit(tmp_path: Path, 
     sites = sites_of(usual, kinds=("mlp", "attention", "query"))
     rows = [ids, ids[:1, :5]]
     expected = measure_disturbance(usual, sites, rows, seed=3, batch_tokens=24)
-    found = measure_by_block(spare, sites, rows, tmp_path / "statistics", seed=3, batch_tokens=24)
-    again = measure_disturbance(spare, sites, rows, seed=3, batch_tokens=24)
-    for one, other, third in zip(expected, found, again, strict=True):
-        assert torch.equal(one.inputs, other.inputs) and torch.equal(one.outputs, other.outputs)
-        assert torch.equal(one.inputs, third.inputs) and torch.equal(one.outputs, third.outputs)
+    others = [
+        measure_by_block(spare, sites, rows, tmp_path / "at once", seed=3, batch_tokens=24, at_once=1000),
+        measure_by_block(spare, sites, rows, tmp_path / "portions", seed=3, batch_tokens=24, at_once=24),
+        measure_disturbance(spare, sites, rows, seed=3, batch_tokens=24),
+    ]
+    for found in others:
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.inputs, other.inputs) and torch.equal(one.outputs, other.outputs)
 
 
 def test_weights_stay_as_stored_and_are_no_copy_of_the_file(ckpt: Checkpoint) -> None:
@@ -264,24 +264,6 @@ def test_a_low_rank_edit_steps_as_the_matrix_does() -> None:
     assert thin.zeroed().price(metric) == 0
 
 
-def test_a_stored_metric_is_the_metric(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    factors = [
-        torch.linalg.cholesky(r @ r.T)
-        for r in (torch.randn(5, 9, generator=generator), torch.randn(3, 9, generator=generator))
-    ]
-    metric = Metric(*factors, weight=1.5)
-    stored, other = store(metric, tmp_path / "0"), store(Metric(torch.zeros(2, 2), factors[1]), tmp_path / "1")
-    rows, writes = torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator)
-    assert torch.equal(stored.scaled(2.0).solve_outputs(writes), metric.scaled(2.0).solve_outputs(writes))
-    assert torch.equal(stored.solve_inputs(rows), metric.solve_inputs(rows))
-    assert stored.scaled(3.0).price(writes[:3, :1] @ rows[:1]) == metric.scaled(3.0).price(writes[:3, :1] @ rows[:1])
-    assert other.closed and not stored.closed
-    (tmp_path / "0").unlink()
-    with pytest.raises(IncompleteError):
-        stored.price(torch.zeros(3, 5))
-
-
 POLICY = """schema = 1
 name = "large"
 [protected]
@@ -302,10 +284,8 @@ def test_a_fix_of_a_large_checkpoint_ends_as_one_of_a_small_one(
 ) -> None:
     monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
     monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
-    lines = [json.dumps({"id": f"{n}", "class": "c", "text": text}) for n, text in enumerate(TEXTS)]
-    (tmp_path / "protected.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [" ".join(WORDS[i] for i in row) for row in RETAIN.tolist()]
-    (tmp_path / "retain.txt").write_text("\n\n".join(rows) + "\n")
+    write_list(tmp_path / "protected.jsonl", TEXTS)
+    (tmp_path / "retain.txt").write_text("\n\n".join(in_words(RETAIN)) + "\n")
     policy = tmp_path / "policy.toml"
     policy.write_text(f'{POLICY}[fix]\nsolver = "{solver}"\nmode = "next-best"\n')
     before, reports = digest_files(ckpt), []
@@ -366,5 +346,5 @@ def test_a_scan_of_lean_weights_takes_the_weights_once(tmp_path: Path) -> None:
         reports.append(json.loads(report.read_text())["texts"])
     assert {ran["code"] for ran in runs.values()} == {1}
     assert reports[0] == reports[1]
-    # As float32 they take twice the size, and the mapped file besides.
-    assert runs["wide"]["peak"] - runs["lean"]["peak"] > 1.2 * size
+    # As float32 they take twice the size. What else is in memory at the peak differs by a tenth of it from run to run.
+    assert runs["wide"]["peak"] - runs["lean"]["peak"] > 0.8 * size
