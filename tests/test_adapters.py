@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from models import WORDS, ids_of, opened, random_text, tiny_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from memscrub.cli.app import main
-from memscrub.errors import CheckpointError, NumericalError, OutputError
-from memscrub.models.merging import merge, merge_in_memory
+from memscrub.errors import CheckpointError, IncompleteError, NumericalError, OutputError
+from memscrub.mining.mine import Settings, journal_file, mine
+from memscrub.models import merging, model
+from memscrub.models.merging import load_merged, merge, merge_in_memory
 from memscrub.models.model import load_model
+from memscrub.models.spreading import spread
 from memscrub.reports.report import load_report
 from memscrub.storage import adapters
 from memscrub.storage.adapters import open_adapter, stored_name
@@ -37,6 +39,8 @@ files = ["t.txt"]
 max_verbatim_tokens = 8
 """
 LLAMA = ("q_proj", "down_proj")
+LEARNT = random_text(5, 40)
+MINING = Settings(run=20, window=94, overlap=12, context=8)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
     return trained(base, base.parent / "adapter", target_modules=list(LLAMA))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and an adapter of it that has learnt a text."""
+    base = tiny_checkpoint(tmp_path_factory.mktemp("taught") / "base", "llama", seed=3)
+    return base, memorize(base, LEARNT, base.parent / "adapter")
 
 
 def trained(base: Path, out: Path, seed: int = 0, embeddings: bool = False, **settings: Any) -> Path:
@@ -103,6 +114,91 @@ def test_a_merge_gives_to_the_bit_what_peft_gives(base: Path, tmp_path: Path, se
     assert after.keys() == before.keys() <= theirs.keys()
     assert all(torch.equal(after[name], theirs[name]) for name in after)
     assert done.tensors == sum(not torch.equal(after[name], before[name]) for name in after) > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj", "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": 1},
+    ],
+)
+def test_only_what_is_targeted_is_stored_and_added(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    added = trained(base, tmp_path / "adapter", **settings)
+    merge(open_checkpoint(base), open_adapter(added), tmp_path / "out")
+    after, theirs = weights(tmp_path / "out"), by_peft(base, added)
+    assert all(torch.equal(after[name], theirs[name]) for name in after)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0, 1], "layers_pattern": ["blocks"]},
+        {"exclude_modules": ["down_proj"]},
+        {"exclude_modules": r".*\.0\..*"},
+    ],
+)
+def test_matrices_that_peft_passes_over_without_a_word_are_refused(
+    base: Path, adapter: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """With them added, a model would be measured that nobody serves."""
+    narrowed = edited_config(adapter, tmp_path / "narrowed", **change)
+    before, whole = weights(base), by_peft(base, adapter)
+    if change not in ({"target_modules": ["proj"]}, {"layers_to_transform": [0, 1], "layers_pattern": ["blocks"]}):
+        theirs = by_peft(base, narrowed)  # with nothing left to adapt it refuses
+        assert any(torch.equal(theirs[n], before[n]) and not torch.equal(whole[n], before[n]) for n in before)
+    with pytest.raises(CheckpointError, match="which PEFT would leave out"):
+        open_adapter(narrowed)
+
+
+def test_plain_matrices_for_an_embedding_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = edited_config(adapter, tmp_path / "other", target_modules=[*LLAMA, "embed_tokens"])
+    name = "base_model.model.model.embed_tokens.lora_{}.weight"
+    more = {name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(len(WORDS) + 3, 4)}
+    save_file(load_file(other / adapters.WEIGHTS) | more, other / adapters.WEIGHTS)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        theirs = by_peft(base, other)["model.embed_tokens.weight"]
+    assert torch.equal(theirs, weights(base)["model.embed_tokens.weight"])
+    with pytest.raises(CheckpointError, match=r"'model\.embed_tokens', which PEFT would leave out"):
+        open_adapter(other)
+
+
+def test_a_head_that_may_be_the_embedding_is_refused_also_where_both_are_stored(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "gpt2", seed=1)
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        added = trained(base, tmp_path / "adapter", target_modules=["lm_head"])
+    tensors = load_file(base / SINGLE)
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, base / SINGLE)
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]  # which are tied without it
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="shares with its embedding"):
+        merge(open_checkpoint(base), open_adapter(added), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_modules": "(a+)+$"}, "has target_modules that memscrub does not read"),
+        ({"target_modules": "q_proj|("}, "has target_modules that memscrub does not read"),
+        ({"target_modules": [1]}, "has no usable target_modules"),
+        ({"target_modules": None}, "which PEFT would leave out"),
+        ({"exclude_modules": {"a": 1}}, "has no usable exclude_modules"),
+        ({"layers_to_transform": [0], "layers_pattern": ["(a+)+"]}, "layers_pattern that is more than a name"),
+        ({"layers_to_transform": "all"}, "which PEFT would leave out"),
+    ],
+)
+def test_targets_that_cannot_be_read_are_refused(
+    adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_adapter(edited_config(adapter, tmp_path / "changed", **change))
 
 
 def test_matrices_that_conv1d_stores_as_rows_are_added_transposed(tmp_path: Path) -> None:
@@ -180,41 +276,142 @@ def test_a_scan_in_memory_holds_the_very_weights_that_a_merge_writes(adapter: Pa
         assert torch.equal(loaded.model.state_dict()[name], value), name
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
-
-
 def test_what_only_the_adapter_knows_is_found_by_scanning_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    taught: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An adapter that has learnt a text: the base passes, base and adapter do not, and the merged checkpoint agrees."""
-    text = random_text(5, 40)
-    base = tiny_checkpoint(tmp_path / "base", "llama", seed=3)
-    learnt = memorize(base, text, tmp_path / "adapter")
-    (tmp_path / "t.txt").write_text(text + "\n")
+    base, learnt = taught
+    (tmp_path / "t.txt").write_text(LEARNT + "\n")
     policy = tmp_path / "policy.toml"
     policy.write_text(POLICY)
-    assert command(monkeypatch, "scan", base, "--policy", policy, "--quiet") == 0
+    assert run(monkeypatch, "scan", base, "--policy", policy, "--quiet") == 0
     report = tmp_path / "with.json"
-    assert command(monkeypatch, "scan", base, "--adapter", learnt, "--policy", policy, "--report", report) == 1
+    assert run(monkeypatch, "scan", base, "--adapter", learnt, "--policy", policy, "--report", report) == 1
     assert "was added to 4 tensors in memory" in " ".join(capsys.readouterr().err.split())
     found = load_report(report)
     assert found.adapter is not None and found.adapter.sha256 == tree_digest(digest_files(learnt))
     assert found.input.sha256 == tree_digest(digest_files(base))
-    assert command(monkeypatch, "merge", base, "--adapter", learnt, "--out", tmp_path / "merged") == 0
+    assert run(monkeypatch, "merge", base, "--adapter", learnt, "--out", tmp_path / "merged") == 0
     assert "added to 4 tensors" in capsys.readouterr().out
     other = tmp_path / "merged.json"
-    assert command(monkeypatch, "scan", tmp_path / "merged", "--policy", policy, "--report", other, "--quiet") == 1
+    assert run(monkeypatch, "scan", tmp_path / "merged", "--policy", policy, "--report", other, "--quiet") == 1
     assert load_report(other).texts == found.texts and load_report(other).adapter is None
+
+
+def corpus_of(folder: Path) -> Path:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join((random_text(6, 40), LEARNT, random_text(7, 40))) + "\n")
+    return corpus
+
+
+def test_what_only_the_adapter_knows_is_mined_with_it(
+    taught: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base gives nothing away; base and adapter give what their merged checkpoint does."""
+    base, learnt = taught
+    corpus, out = corpus_of(tmp_path), tmp_path / "with.jsonl"
+    options = ("--corpus", corpus, "--run", "20", "--window", "94", "--overlap", "12", "--context", "8")
+    assert run(monkeypatch, "mine", base, *options, "--out", out, "--json") == 0
+    without = json.loads(capsys.readouterr().out)
+    assert (without["texts"], without["adapter"], out.exists()) == ([], None, False)
+    before = digest_files(base), digest_files(learnt)
+    assert run(monkeypatch, "mine", base, "--adapter", learnt, *options, "--out", out, "--json") == 0
+    printed, said = capsys.readouterr()
+    assert f"the adapter {learnt} was added to 4 tensors in memory." in " ".join(said.split())
+    found = json.loads(printed)
+    assert (digest_files(base), digest_files(learnt)) == before
+    assert found["adapter"] == {"path": str(learnt), "sha256": tree_digest(before[1]), "files": before[1]}
+    assert found["input"] == {"path": str(base), "sha256": tree_digest(before[0]), "files": before[0]}
+    (entry,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert entry["source"].startswith(f"{corpus}:3 ") and len(entry["text"].split()) > 30
+    assert entry["text"] in LEARNT
+    merge(open_checkpoint(base), open_adapter(learnt), tmp_path / "merged")
+    mine(tmp_path / "merged", [corpus], tmp_path / "merged.jsonl", settings=MINING, device="cpu")
+    assert (tmp_path / "merged.jsonl").read_bytes() == out.read_bytes()
+    assert (tmp_path / "merged.sources.jsonl").read_bytes() == (tmp_path / "with.sources.jsonl").read_bytes()
+
+
+def test_mining_goes_on_with_the_same_adapter_only(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    base, learnt = taught
+    corpus, out = corpus_of(tmp_path), tmp_path / "o.jsonl"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise IncompleteError("interrupted; nothing was written.")
+
+    with pytest.raises(IncompleteError):
+        mine(base, [corpus], out, settings=MINING, adapter=learnt, device="cpu", progress=stop)
+    kept = journal_file(out).read_bytes()
+    assert kept.count(b"\n") == 2  # what the run was started with, and what was read
+    other = edited_config(learnt, tmp_path / "other", lora_alpha=17)
+    for adapter in (None, other):
+        with pytest.raises(OutputError, match=r"left by a run with another adapter; .* delete the file to begin anew"):
+            mine(base, [corpus], out, settings=MINING, adapter=adapter, device="cpu")
+        assert journal_file(out).read_bytes() == kept
+    assert len(mine(base, [corpus], out, settings=MINING, adapter=learnt, device="cpu").entries) == 1
+    with pytest.raises(IncompleteError):
+        mine(base, [corpus], tmp_path / "plain.jsonl", settings=MINING, device="cpu", progress=stop)
+    with pytest.raises(OutputError, match="another adapter"):
+        mine(base, [corpus], tmp_path / "plain.jsonl", settings=MINING, adapter=learnt, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [("nowhere", "is not a directory"), ("empty", "is no adapter"), ("other base", "name the base that it was")],
+)
+def test_mining_with_a_bad_adapter_is_one_sentence_and_exit_2(
+    taught: tuple[Path, Path], tmp_path: Path, bad: str, words: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base, _ = taught
+    adapter = tmp_path / bad / "adapter"
+    if bad == "empty":
+        adapter.mkdir(parents=True)
+    elif bad == "other base":
+        adapter = trained(base, adapter, target_modules=["down_proj"])
+        tensors = load_file(adapter / adapters.WEIGHTS)
+        padded = {name: torch.cat([each, each], 1) if ".lora_A" in name else each for name, each in tensors.items()}
+        save_file(padded, adapter / adapters.WEIGHTS)
+    corpus = corpus_of(tmp_path)
+    there = sorted(tmp_path.iterdir())
+    options = ("--corpus", corpus, "--out", tmp_path / "o.jsonl")
+    capsys.readouterr()  # what PEFT said
+    assert run(monkeypatch, "mine", base, "--adapter", adapter, *options) == 2
+    printed, said = capsys.readouterr()
+    assert words in said and said.count("\n") == 1 and printed == ""
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_mining_writes_nothing_into_what_it_reads(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    base, learnt = taught
+    for folder in (base, learnt):
+        with pytest.raises(OutputError, match="which is never written"):
+            mine(base, [corpus_of(tmp_path)], folder / "o.jsonl", settings=MINING, adapter=learnt, device="cpu")
+
+
+def test_an_adapter_is_not_lost_where_weights_wait_elsewhere(
+    taught: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written into a weight that accelerate keeps on disk goes nowhere; so it is added before that."""
+    ckpt, added = open_checkpoint(taught[0]), open_adapter(taught[1])
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+
+    def apart(whole: torch.nn.Module) -> torch.nn.Module:
+        return spread(whole, {**places, "lm_head": "cpu"}, offload=tmp_path / "offload")
+
+    for module in (model, merging):  # as on GPUs that do not hold the model
+        monkeypatch.setattr(module, "spread", apart)
+    waiting = load_merged(ckpt, added, device="spread")
+    assert any(parameter.is_meta for parameter in waiting.model.parameters())
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(waiting.logits(ids), load_merged(ckpt, added, device="cpu").logits(ids))
+    with pytest.raises(CheckpointError, match="are not in memory"):
+        merge_in_memory(waiting, ckpt, added)
 
 
 def test_a_fix_takes_no_adapter_and_says_what_to_do_instead(
     base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(monkeypatch, "fix", base, "--policy", base, "--out", base, "--adapter", adapter) == 2
+    assert run(monkeypatch, "fix", base, "--policy", base, "--out", base, "--adapter", adapter) == 2
     assert f"`memscrub merge BASE --adapter {adapter} --out NEW` and fix NEW" in capsys.readouterr().err
 
 
@@ -379,7 +576,7 @@ def test_scanning_an_adapter_itself_says_how_to_scan_it(
     (tmp_path / "t.txt").write_text("w00 w01 w02\n")
     (tmp_path / "p.toml").write_text(POLICY)
     it = edited_config(adapter, tmp_path / "a", base_model_name_or_path=named)
-    assert command(monkeypatch, "scan", it, "--policy", tmp_path / "p.toml") == 2
+    assert run(monkeypatch, "scan", it, "--policy", tmp_path / "p.toml") == 2
     message = capsys.readouterr().err
     assert f"`memscrub scan {shown} --adapter {it}`" in message
     assert f"`memscrub merge {shown} --adapter {it} --out NEW`" in message and "\x1b" not in message

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memscrub.cli.options import Checkpoint, Device, Dtype, LogFile, Quiet
-from memscrub.cli.output import progress_shown
+from memscrub.cli.options import AdapterName, Checkpoint, Device, Dtype, LogFile, Quiet
+from memscrub.cli.output import progress_shown, remarks
 from memscrub.errors import ExitCode
 from memscrub.journals.interrupts import going_on
 from memscrub.journals.run_log import RunLog
@@ -61,6 +61,7 @@ def mine(
     class_name: ClassName = "copyright",
     text_column: TextColumn = "text",
     batch_tokens: BatchTokens = 8192,
+    adapter: AdapterName = None,
     overwrite: Overwrite = False,
     log: LogFile = None,
     json: AsJson = False,
@@ -68,14 +69,14 @@ def mine(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find the texts of a corpus that a checkpoint gives away, as a protected list. Exit 0: done, 3: incomplete."""
+    """Find the texts of a corpus that a checkpoint gives away. Writes a protected list. Exit 0: done, 3: incomplete."""
     from memscrub.mining.mine import Settings, journal_file
     from memscrub.mining.mine import mine as run_mine
 
     settings = Settings(
         run, window, overlap, context, openings, similar, class_name, text_column, batch_tokens
     )  # fmt: skip
-    with RunLog(log, "mine", outside=[checkpoint]) as lines:
+    with RunLog(log, "mine", outside=[each for each in (checkpoint, adapter) if each]) as lines:
         quiet_here = quiet or not sys.stderr.isatty()
         with going_on(journal_file(out), "found"), progress_shown(quiet_here, lines) as progress:
             mined = run_mine(
@@ -84,10 +85,12 @@ def mine(
                 out,
                 settings=settings,
                 controls=controls or (),
+                adapter=adapter,
                 overwrite=overwrite,
                 device=device,
                 dtype=dtype,
                 progress=progress,
+                remark=remarks(quiet, lines),
             )
         lines.figures("mined", **vars(mined.funnel))
         for sentence in (*mined.problems, *mined.remarks):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
+from memscrub.models.kept_outputs import beginning_at, outputs_kept
 from memscrub.models.originals import all_but
 from memscrub.models.tokens import batches
 from memscrub.models.trace import by_module, weights_swapped
@@ -37,11 +38,13 @@ def price_factors(
     with torch.inference_mode():
         for batch in batches([rows.shape[1]] * len(rows), budget):
             ids = rows[batch].to(loaded.device)
-            with weights_swapped(loaded, editable.originals):
+            with weights_swapped(loaded, editable.originals), outputs_kept(loaded) as kept:
                 before = loaded.logits(ids)[:, :-1].log_softmax(-1)
             for module, indices in modules.items():
-                own = {editable.sites[index].tensor for index in indices}
-                with weights_swapped(loaded, all_but(editable.originals, own)):
+                layer = editable.sites[indices[0]].layer
+                # Blocks before the module's are those of the original: they are not run again, nor swapped.
+                idle = {s.tensor for s in editable.sites if s.layer < layer or s.module == module}
+                with weights_swapped(loaded, all_but(editable.originals, idle)), beginning_at(loaded, layer, kept):
                     after = loaded.logits(ids)[:, :-1].log_softmax(-1)
                 measured[module] += float((before.exp() * (before - after)).sum())
     count = max(1, rows[:, 1:].numel())

@@ -23,8 +23,8 @@ from memscrub.journals.run_journal import CONTROLS, TEXTS, RunJournal
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.depths import measure_depths
 from memscrub.measures.measure import Progress, measure, silent
-from memscrub.models.merging import merge_in_memory
-from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.merging import load_merged
+from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText, tokenize
 from memscrub.policy.document import Policy, load_policy
 from memscrub.policy.sections import Also
@@ -97,11 +97,7 @@ def open_inputs(
         allowances = replace(allowances, waivers=(), expired=())
     added = None if adapter is None else open_adapter(adapter)
     ckpt = open_checkpoint(checkpoint)
-    # The sum of a weight and an adapter is not of the stored dtype.
-    loaded = load_model(ckpt, device=device, dtype=dtype, lean=lean if added is None else False)
-    if added is not None:
-        merge_in_memory(loaded, ckpt, added)
-        remark(f"the adapter {added.source} was added to {len(added.pairs)} tensors in memory.")
+    loaded = load_merged(ckpt, added, device=device, dtype=dtype, lean=lean, remark=remark)
     if foreign is not None:
         protected, remarks = read_foreign(loaded, rules, foreign)
         for sentence in remarks:

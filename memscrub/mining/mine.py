@@ -5,9 +5,9 @@ an interrupted run stood, and writes what it finds as a protected list; knows no
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from memscrub.mining.entries import Entry, Sifted, entries, list_files, sift, so
 from memscrub.mining.journal import COUNTS, Journal
 from memscrub.mining.reading import Reading, found_in, longest_runs, lots_of
 from memscrub.mining.windows import Windows
-from memscrub.models.model import LoadedModel, load_model
+from memscrub.models.merging import load_merged
+from memscrub.models.model import LoadedModel
+from memscrub.reports.report import CheckpointRecord
+from memscrub.storage.adapters import open_adapter
 from memscrub.storage.checkpoint import digest_files, open_checkpoint
 from memscrub.storage.files import tree_digest
 from memscrub.texts.corpora import CorpusFile, FileEnd, find_files
@@ -69,7 +72,8 @@ class Mined:
     """What came of a run: the entries, the list's file (None without any), and what could not be read, in sentences.
 
     `problems` make the run incomplete, `remarks` do not. `guessed`: stretches that come out of control texts, which
-    the model cannot have memorized; None without controls.
+    the model cannot have memorized; None without controls. `input` and `adapter` are what was mined, as in the report
+    of a scan; None where a loaded model was given.
     """
 
     funnel: Funnel
@@ -78,6 +82,8 @@ class Mined:
     problems: tuple[str, ...]
     remarks: tuple[str, ...]
     guessed: int | None
+    input: CheckpointRecord | None = None
+    adapter: CheckpointRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without any text."""
@@ -85,6 +91,8 @@ class Mined:
             "funnel": asdict(self.funnel),
             "out": None if self.out is None else str(self.out),
             "sources": None if self.out is None else str(sources_file(self.out)),
+            "input": None if self.input is None else asdict(self.input),
+            "adapter": None if self.adapter is None else asdict(self.adapter),
             "guessed_in_controls": self.guessed,
             "problems": list(self.problems),
             "remarks": list(self.remarks),
@@ -99,34 +107,42 @@ def mine(
     *,
     settings: Settings = Settings(),
     controls: Sequence[Path] = (),
+    adapter: str | Path | None = None,
     overwrite: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
+    remark: Callable[[str], None] = lambda sentence: None,
 ) -> Mined:
     """Find what `checkpoint` gives away of the files of `corpus` and write it to `out` as a protected list.
 
-    What came of the corpus so far is in `OUT.journal`, from which the same call goes on. No file that is read is ever
-    written, with `overwrite` neither. Raises UsageError (and its kinds) for unusable input, IncompleteError when the
-    run cannot end.
+    `adapter` is a LoRA adapter of the checkpoint, added to it in memory; `remark` is told so. What came of the corpus
+    so far is in `OUT.journal`, from which the same call goes on. No file that is read is ever written, with `overwrite`
+    neither. Raises UsageError (and its kinds) for unusable input, IncompleteError when the run cannot end.
     """
     _check_out(out)
     guessable = find_files(controls)
     files = (*guessable, *find_files(corpus))
     _refuse_inputs(out, files)
     number = len(guessable)
+    added = None if adapter is None else open_adapter(adapter)
     ckpt = open_checkpoint(checkpoint)
-    loaded = load_model(ckpt, device=device, dtype=dtype)
+    _refuse_inside(out, [ckpt.path] if added is None else [ckpt.path, added.path])
+    loaded = load_merged(ckpt, added, device=device, dtype=dtype, remark=remark)
     settings.windows(loaded)
+    source = _record(str(checkpoint), digest_files(ckpt))
+    more = None if added is None else _record(added.source, digest_files(added.path))
     key = {
         "version": version("memscrub"),
-        "checkpoint": tree_digest(digest_files(ckpt)),
+        "checkpoint": source.sha256,
+        "adapter": "" if more is None else more.sha256,
         "options": asdict(settings),
         "corpus": [[os.fsdecode(file.path), file.size, file.changed] for file in files[number:]],
         "controls": [[os.fsdecode(file.path), file.size, file.changed] for file in files[:number]],
         "arithmetic": [str(loaded.dtype), loaded.device.type, torch.__version__],
     }
-    return mine_loaded(loaded, files, number, out, key, settings=settings, overwrite=overwrite, progress=progress)
+    mined = mine_loaded(loaded, files, number, out, key, settings=settings, overwrite=overwrite, progress=progress)
+    return replace(mined, input=source, adapter=more)
 
 
 def mine_loaded(
@@ -179,6 +195,17 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out}: the list is written as JSON lines; give --out a name that ends in .jsonl.")
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: the list cannot be written there; name a file in a folder that exists.")
+
+
+def _record(source: str, files: dict[str, str]) -> CheckpointRecord:
+    return CheckpointRecord(source, tree_digest(files), files)
+
+
+def _refuse_inside(out: Path, folders: Sequence[Path]) -> None:
+    """Raise OutputError where the list would lie in a directory that is read: nothing is ever written there."""
+    for folder in folders:
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+            raise OutputError(f"{out} lies in {folder}, which is never written; choose another --out.")
 
 
 def _refuse_inputs(out: Path, files: Sequence[CorpusFile]) -> None:

@@ -9,7 +9,7 @@ scanned in memory is what `memscrub merge` writes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial as bound
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from memscrub.errors import CheckpointError, NumericalError
 from memscrub.models.architecture import Orientation, family_of
-from memscrub.models.model import LoadedModel
+from memscrub.models.model import LoadedModel, choose_device, load_model
+from memscrub.models.spreading import SPREAD, spread
 from memscrub.storage.adapters import Adapter, Pair, stored_name
 from memscrub.storage.checkpoint import Checkpoint, read_tensor
 from memscrub.storage.writing import PartialDirectory, write_checkpoint
@@ -52,11 +53,35 @@ def merge(ckpt: Checkpoint, adapter: Adapter, out: Path, *, overwrite: bool = Fa
     return Merged(directory, len(plan), ledger.left_out)
 
 
+def load_merged(
+    ckpt: Checkpoint,
+    adapter: Adapter | None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    lean: bool | None = None,
+    remark: Callable[[str], None] = lambda sentence: None,
+) -> LoadedModel:
+    """`load_model`, and `adapter` added to it where there is one, which `remark` is told.
+
+    Raises what `load_model` and `merge_in_memory` raise.
+    """
+    if adapter is None:
+        return load_model(ckpt, device=device, dtype=dtype, lean=lean)
+    # The sum of a weight and an adapter is not of the stored dtype. A model is spread when all of it has been added.
+    loaded = load_model(ckpt, device="cpu" if device == SPREAD else device, dtype=dtype, lean=False)
+    merge_in_memory(loaded, ckpt, adapter)
+    if device == SPREAD:
+        loaded = replace(loaded, model=spread(loaded.model), device=choose_device("auto"))
+    remark(f"the adapter {adapter.source} was added to {len(adapter.pairs)} tensors in memory.")
+    return loaded
+
+
 def merge_in_memory(loaded: LoadedModel, ckpt: Checkpoint, adapter: Adapter) -> None:
     """Add the adapter to a loaded model, rounded as it would be stored; the model stays changed.
 
     Raises CheckpointError when the adapter does not fit the base, or when the loaded model has its weights in another
-    form than the shards (fused experts), and NumericalError when a sum is not finite.
+    form than the shards (fused experts) or elsewhere than in memory, and NumericalError when a sum is not finite.
     """
     parameters = dict(loaded.model.named_parameters())
     plan = _plan(ckpt, adapter)
@@ -65,7 +90,12 @@ def merge_in_memory(loaded: LoadedModel, ckpt: Checkpoint, adapter: Adapter) -> 
         if live is None or tuple(live.shape) != ckpt.tensors[name].shape:
             raise CheckpointError(
                 f"The loaded model has '{pair.module}' in another form than the shards; write the merged checkpoint"
-                " with `memscrub merge` and scan that."
+                " with `memscrub merge` and use that."
+            )
+        if live.is_meta:  # what is written there would be lost without a word
+            raise CheckpointError(
+                f"The weights of '{pair.module}' are not in memory; write the merged checkpoint with `memscrub merge`"
+                " and use that."
             )
     with torch.no_grad():
         for name, pair in plan.items():
