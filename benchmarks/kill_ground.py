@@ -72,16 +72,14 @@ Trigger = Callable[[str, str], bool]
 def build(folder: Path) -> None:
     """Everything a fix is given. In a process of its own: who has trained a model should not fork."""
     sys.path.insert(0, str(TESTS))
-    from models import ordinary_text, random_text, tiny_checkpoint
+    from models import ordinary_text, random_text, tiny_checkpoint, write_list
 
     from memscrub.proof.keys import generate_keypair
 
     texts = [random_text(100 + number, 40) for number in range(6)]
     tiny_checkpoint(folder / "checkpoint", "llama", 0, texts, steps=150)
-    lines = [json.dumps({"id": f"t{number}", "text": text}) for number, text in enumerate(texts)]
-    (folder / "protected.jsonl").write_text("\n".join(lines) + "\n")
-    lines = [json.dumps({"id": f"c{number}", "text": random_text(500 + number, 40)}) for number in range(4)]
-    (folder / "control.jsonl").write_text("\n".join(lines) + "\n")
+    write_list(folder / "protected.jsonl", texts, "t", "copyright")
+    write_list(folder / "control.jsonl", [random_text(500 + number, 40) for number in range(4)], "c", "copyright")
     (folder / "retain.txt").write_text("\n\n".join(ordinary_text(1000 + number, 90) for number in range(40)))
     (folder / "policy.toml").write_text(POLICY)
     shutil.copytree(folder / "checkpoint", folder / "old")

@@ -70,7 +70,6 @@ class Findings:
     anew: Counter[str] = field(default_factory=Counter)
     complete: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    ended_first: int = 0
 
 
 class Trial:
@@ -99,7 +98,6 @@ class Trial:
 
     def _ended(self, status: int) -> str | None:
         if not os.WIFSIGNALED(status):
-            self.findings.ended_first += 1
             return None
         phase = self._phase()
         self.findings.kills[phase] += 1

@@ -1,6 +1,6 @@
 """A stored report as it looks in a terminal of 80 columns, as an SVG picture for the docs.
 
-    python benchmarks/terminal_picture.py memscrub-demo/scrubbed/memscrub-report.json --out docs/terminal-fix.svg
+python benchmarks/terminal_picture.py memscrub-demo/scrubbed/memscrub-report.json --out docs/terminal-fix.svg
 """
 
 from __future__ import annotations

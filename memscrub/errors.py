@@ -94,6 +94,10 @@ class SignatureInvalidError(MemscrubError):
     exit_code = ExitCode.SIGNATURE
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+"""What libraries say in a RuntimeError that is about a lack of memory, of whatever device."""
+
+
 def would_repeat(error: BaseException) -> bool:
     """Would the same run end in the same error again? Then there is nothing to go on from."""
     return isinstance(error, UsageError | NumericalError | SignatureInvalidError)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from models import WORDS, ordinary_rows, random_text, tiny_checkpoint
+from models import in_words, ordinary_rows, random_text, tiny_checkpoint, write_list
 
 from memscrub.jobs.scrub import Fixed, Signing, fix
 from memscrub.proof.keys import generate_keypair
@@ -46,8 +45,7 @@ def lay_out(folder: Path, policy: str = POLICY) -> Path:
     tiny_checkpoint(folder / "base", "llama", seed=4, texts=TEXTS, steps=80)
     write_list(folder / "protected.jsonl", TEXTS, "t")
     write_list(folder / "control.jsonl", CONTROLS, "k")
-    rows = [" ".join(WORDS[token] for token in row) for row in ordinary_rows(7, 24, 60).tolist()]
-    (folder / "retain.txt").write_text("\n\n".join(rows) + "\n")
+    (folder / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 24, 60))) + "\n")
     (folder / "report.key").write_text("a key of sixteen bytes or more\n")
     (folder / "policy.toml").write_text(policy)
     generate_keypair(folder / "key.pem", folder / "key.pub")
@@ -66,8 +64,3 @@ def signed_fix(folder: Path, out: str = "fixed", policy: str = "policy.toml") ->
     )
     assert done.directory is not None
     return done
-
-
-def write_list(path: Path, texts: tuple[str, ...], prefix: str) -> None:
-    entries = [{"id": f"{prefix}{number}", "class": "c", "text": text} for number, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

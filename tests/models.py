@@ -1,7 +1,8 @@
-"""Tiny checkpoints for tests: seeded random weights, a word-level tokenizer, overfit on texts if asked."""
+"""Tiny checkpoints for tests: seeded random weights, a word-level tokenizer, overfit on texts if asked; and texts."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,12 +116,28 @@ def ordinary_rows(seed: int, rows: int, width: int) -> Tensor:
 
 def ordinary_text(seed: int, length: int) -> str:
     """One row of `ordinary_rows` in words."""
-    return " ".join(WORDS[number] for number in ordinary_rows(seed, 1, length)[0].tolist())
+    return in_words(ordinary_rows(seed, 1, length))[0]
+
+
+def in_words(rows: Tensor) -> list[str]:
+    """Rows of token ids as texts."""
+    return [" ".join(WORDS[number] for number in row) for row in rows.tolist()]
+
+
+def write_list(path: Path, texts: Sequence[str], prefix: str = "t", class_name: str = "c") -> None:
+    """A list of protected or control texts, called by the prefix and their number."""
+    entries = [{"id": f"{prefix}{number}", "class": class_name, "text": text} for number, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def ids_of(text: str) -> list[int]:
     """Token ids of a text of known words."""
     return [WORDS.index(word) for word in text.split()]
+
+
+def hooks(loaded: LoadedModel) -> int:
+    """How many forward hooks hang on the model."""
+    return sum(len(module._forward_hooks) for module in loaded.model.modules())
 
 
 def snapshot(loaded: LoadedModel) -> dict[str, Tensor]:

@@ -73,6 +73,12 @@ def test_texts_needed_are_just_enough(allowed: float, confidence: float) -> None
     assert rate.texts_needed == 1 or rate.bound(0, rate.texts_needed - 1) > allowed
 
 
+@pytest.mark.parametrize("allowed", [5e-324, 1e-307, 1e-16])
+def test_a_rate_next_to_nothing_is_broken_and_takes_more_texts_than_there_are(allowed: float) -> None:
+    assert Rate(allowed, 0.95).texts_needed > 10**12
+    assert rated(0, 1000, rate=Rate(allowed, 0.95)).outcome is Outcome.VIOLATED
+
+
 def test_inconclusive_and_waived_texts_are_no_part_of_a_rate() -> None:
     assert rated(0, 58, short=100).outcome is Outcome.VIOLATED
     assert rated(0, 59, short=100).outcome is Outcome.PASS

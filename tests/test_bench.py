@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import changed, ordinary_rows, random_text, snapshot, tiny_checkpoint
+from models import changed, in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
 
 from memscrub.bench import rows as bench_rows
 from memscrub.bench import text_rows as bench_text_rows
@@ -76,9 +76,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(here / "checkpoint", "llama", 1, texts=TEXTS, steps=80, dtype=torch.bfloat16)
     (here / "policy.toml").write_text(POLICY)
     for name, texts in (("protected", TEXTS), ("control", CONTROLS)):
-        lines = [json.dumps({"id": f"{name}-id-{i}", "class": "c", "text": text}) for i, text in enumerate(texts)]
-        (here / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [" ".join(f"w{token:02d}" for token in row) for row in ordinary_rows(5, 60, 40).tolist()]
+        write_list(here / f"{name}.jsonl", texts, f"{name}-id-")
+    rows = in_words(ordinary_rows(5, 60, 40))
     (here / "retain.txt").write_text("\n\n".join(rows) + "\n")
     (here / "neighbours.txt").write_text("\n\n".join(rows[:3]) + "\n")
     return here

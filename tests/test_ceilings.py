@@ -72,6 +72,13 @@ def test_other_classes_and_policies_stay_as_they_are(loaded: LoadedModel) -> Non
     assert with_ceilings(loaded, plain, ()) is plain
 
 
+def test_controls_too_short_to_show_anything_are_refused(loaded: LoadedModel) -> None:
+    short = [token_text(loaded, random_text(seed, 5)) for seed in (1, 2)]
+    with pytest.raises(PolicyError, match="control texts of that class are too short"):
+        with_ceilings(loaded, policy(), short)
+    assert with_ceilings(loaded, policy(), [*short, *controls(loaded)]).classes["c"].max_near_verbatim is not None
+
+
 def test_a_class_without_controls_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(PolicyError, match="class c sets like_controls"):
         with_ceilings(loaded, policy(), ())

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 from pathlib import Path
 
 import pytest
-
-from memscrub.cli.app import main
+from command_line import run
 
 ADDRESS = "jane.doe42@gmail.com"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `memscrub ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
 
 
 def test_init_from_a_corpus_proposes_marked_secrets_and_shows_counts_only(
@@ -78,6 +68,24 @@ def test_a_name_that_no_disk_takes_is_one_sentence_and_exit_2(
 ) -> None:
     assert run(monkeypatch, "scan", tmp_path, "--policy", tmp_path / "p.toml", "--report", "a" * 300) == 2
     assert capsys.readouterr().err.count("memscrub:") == 1
+
+
+@pytest.mark.parametrize("command", ["scan", "gate", "fix", "apply"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_report_does_not_replace_a_file_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, cached: bool
+) -> None:
+    root = config = tmp_path / "ckpt"
+    if cached:  # the files of a snapshot are links to blobs
+        root, config = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+        config.mkdir(parents=True)
+    root.mkdir(parents=True)
+    config /= "config.json"
+    config.write_text("{}")
+    named: list[str | Path] = [root, tmp_path / "p.safetensors"] if command == "apply" else [root]
+    more: list[str | Path] = ["--out", tmp_path / "out"] if command in ("fix", "apply") else []
+    assert run(monkeypatch, command, *named, "--policy", tmp_path / "p.toml", "--report", config, *more) == 2
+    assert "which is never written" in capsys.readouterr().err and config.read_text() == "{}"
 
 
 def test_a_seed_that_torch_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
-from models import WORDS, changed, ordinary_rows, random_text, snapshot, tiny_checkpoint
+from models import changed, in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
 
 from memscrub.edit.breakpoints import violations
 from memscrub.edit.contexts import Context, in_context
@@ -52,10 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [random_text(seed, 36) for seed in range(3)]
     tiny_checkpoint(path / "checkpoint", "llama", seed=6, texts=texts, steps=90)
     for name, group in (("protected", texts), ("control", [random_text(seed, 36) for seed in (7, 8, 9)])):
-        lines = [json.dumps({"id": f"{name}-{i}", "class": "c", "text": text}) for i, text in enumerate(group)]
-        (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [" ".join(WORDS[i] for i in row) for row in ordinary_rows(7, 30, 90).tolist()]
-    (path / "retain.txt").write_text("\n\n".join(rows) + "\n")
+        write_list(path / f"{name}.jsonl", group, f"{name}-")
+    (path / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 30, 90))) + "\n")
     return path
 
 

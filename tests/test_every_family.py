@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from memscrub.storage.patch import open_patch
 from memscrub.storage.patch_files import apply_patch, revert_patch
 from memscrub.storage.writing import changed_tensors
 from tests.families import VARIANTS, config_of
-from tests.models import ids_of, memorizing_checkpoint, ordinary_text, random_text
+from tests.models import ids_of, memorizing_checkpoint, ordinary_text, random_text, write_list
 
 CASES = sorted(FAMILIES) + sorted(VARIANTS)
 # transformers gives these families their own tokenizer whatever the files say: words become single letters.
@@ -43,8 +42,7 @@ def folder_of(case: str, path: Path) -> Path:
         tokenizer = SPELLED[case](vocab={letter: n for n, letter in enumerate(LETTERS)}, merges=[])
     config = config_of(case, vocab_size=64, initializer_range=0.1)
     memorizing_checkpoint(path / "checkpoint", config, TEXTS, tokenizer)
-    lines = [json.dumps({"id": f"t{n}", "text": spelled(text), "class": "prose"}) for n, text in enumerate(TEXTS)]
-    (path / "protected.jsonl").write_text("\n".join(lines))
+    write_list(path / "protected.jsonl", [spelled(text) for text in TEXTS], class_name="prose")
     (path / "retain.txt").write_text("\n\n".join(spelled(ordinary_text(seed, 64)) for seed in range(24)))
     (path / "policy.toml").write_text(
         f"""schema = 1

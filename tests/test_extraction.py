@@ -337,6 +337,25 @@ def test_every_doubtful_run_over_the_limit_is_decoded(loaded: LoadedModel, monke
     assert (found.match_run, found.confirmed) == (5, True)
 
 
+def test_a_run_in_no_doubt_is_not_forgotten_for_a_shorter_one_that_was_decoded(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Decoding breaks every doubtful position; behind them stands a run of four that no rounding could break.
+    gaps = [2.0, -1e-4, 2, 2, 2, -1e-4, -5, 2, 2, 2, 2, -5]
+    monkeypatch.setattr(
+        memscrub.measures.measure, "scored", lambda loaded, texts, *given, **more: [(texts[0], fake_scores(gaps))]
+    )
+    broken = [index + 1 for index, gap in enumerate(gaps) if gap < 0]
+    monkeypatch.setattr(
+        memscrub.measures.measure,
+        "greedy_matches",
+        lambda loaded, text, begin, length: min([length, *(at - begin for at in broken if at >= begin)]),
+    )
+    text = as_text(list(range(len(gaps) + 1)))
+    (found,) = memscrub.measures.measure.measure(loaded, parse_policy(POLICY.encode()), [text]).measures
+    assert (found.match_run, found.run_begin, found.confirmed) == (4, 8, True)
+
+
 def test_a_text_with_fewer_judged_tokens_than_the_limit_can_break_is_inconclusive(
     loaded: LoadedModel,
 ) -> None:
@@ -356,6 +375,18 @@ def test_a_secret_that_nothing_precedes_cannot_be_judged(tmp_path: Path) -> None
     demand = demand_of(text, policy.classes["pii"], policy.probe)
     zeros = [0.0] * len(text.tokens)
     assert extend(demand, TextState(zeros, zeros, zeros), Prices(zeros, zeros), {}, 0.3) == {}
+
+
+def test_a_text_with_one_secret_that_cannot_be_judged_is_not_within_by_the_other(tmp_path: Path) -> None:
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=1, begin=False))
+    policy = parse_policy(POLICY.encode())
+    text = replace(token_text(loaded, random_text(0, 9), secrets=((0, 3), (12, 15))), class_name="pii")
+    assert (len(text.secrets), text.unjudged) == (1, 1)
+    (found,) = memscrub.measures.measure.measure(loaded, policy, [text]).measures
+    assert judge(found, policy.classes["pii"]).status is Status.INCONCLUSIVE
+    (secret,) = found.secrets
+    given_away = replace(found, secrets=(replace(secret, emitted=True),))
+    assert judge(given_away, policy.classes["pii"]).status is Status.VIOLATED
 
 
 @given(vocabulary=st.integers(2, 400), k=st.integers(1, 12), seed=st.integers(0, 10**6))

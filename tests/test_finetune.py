@@ -11,7 +11,7 @@ import torch
 from models import changed, opened, ordinary_rows, random_text, snapshot, tiny_checkpoint, token_text
 from torch import Tensor
 
-from memscrub.bench import finetune, finetune_losses
+from memscrub.bench import finetune_losses
 from memscrub.bench.finetune import Method, Recipe, grid, large_grid, restored, rounded, tune
 from memscrub.bench.finetune_losses import (
     ForgetTerm,
@@ -330,7 +330,7 @@ def test_measuring_is_not_counted_as_training(
     loaded: LoadedModel, texts: list[TokenText], rows: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, points, done = [0.0], [], []
-    monkeypatch.setattr(finetune.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("memscrub.bench.clock.time.perf_counter", lambda: clock[0])
 
     def measure(step: int, seconds: float) -> None:
         points.append((step, seconds))

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gate_world import POLICY, TEXTS, lay_out, signed_fix, write_list
-from models import random_text
+from command_line import run
+from gate_world import POLICY, TEXTS, lay_out, signed_fix
+from models import random_text, write_list
 
-from memscrub.cli.app import main
 from memscrub.errors import SignatureInvalidError, UntrustedMeasuresError, UsageError
 from memscrub.jobs.gating import Gated, gate
 from memscrub.jobs.scanning import scan
@@ -167,6 +167,14 @@ def test_a_report_is_not_trusted_beside_files_that_it_was_not_made_of(world: Pat
     found = gated(world)
     assert "other files than those that are signed" in found.remarks[0]
     assert found.report.verdict.outcome is Outcome.VIOLATED
+    assert found.report.locality is None and "its locality was not judged" in found.remarks[1]
+
+
+def test_no_string_of_a_signed_report_is_obeyed_by_a_terminal(world: Path) -> None:
+    path = world / "fixed" / REPORT_NAME
+    path.write_text(replace(load_report(path), created="\x1b[2Jtoday").to_json())
+    sign_again(world, "fixed")
+    assert "\\x1b[2Jtoday" in gated(world, trust=True).remarks[0]
 
 
 def test_a_report_of_a_gate_that_trusted_is_not_trusted_again(world: Path) -> None:
@@ -357,6 +365,18 @@ def test_a_baseline_of_another_list_is_stated(world: Path, before: Path) -> None
     assert "made with another list" in " ".join(found.remarks) and found.report.baseline.new_texts == 1
 
 
+def test_what_other_settings_measured_is_not_known(world: Path, before: Path) -> None:
+    changed(world, "near_verbatim_tokens = 16", "near_verbatim_tokens = 12")
+    found = gate(world / "base", world / "policy.toml", baseline=before, device="cpu")
+    verdict = found.report.verdict
+    assert (verdict.violated, verdict.known) == (3, 0)
+    assert "measured with other settings" in " ".join(found.remarks)
+    (broken,) = [reason for reason in verdict.reasons if "break" in reason]
+    assert "max_near_verbatim" in broken and ExcuseRecord("max_verbatim_tokens", "baseline") in (
+        found.report.texts[0].excused
+    )
+
+
 def test_what_was_waived_in_the_baseline_is_not_known(world: Path) -> None:
     (world / "policy.toml").write_text(POLICY + WAIVER.format(id="t0", day="2999-12-31"))
     (world / "waived.json").write_text(scan(world / "base", world / "policy.toml", device="cpu").to_json())
@@ -387,14 +407,6 @@ def test_a_bad_baseline_is_one_sentence_and_exit_2(
 
 
 # -- the command ---------------------------------------------------------------------------------------------
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `memscrub ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
 
 
 def test_the_command_writes_a_report_that_says_where_the_measures_are_from(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import socket
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ import pytest
 from hypothesis import given, settings
 from playwright.sync_api import Browser, Page, expect
 
+from memscrub.faces.findings import LOCALITY_LIMITS
 from memscrub.faces.html_report import render
+from memscrub.faces.html_rows import row_data
 from memscrub.faces.html_tokens import TokenView, strip
-from memscrub.reports.report import Report
+from memscrub.faces.html_view import limit_rows
+from memscrub.reports.judgement import Finding, Judgement, Status
+from memscrub.reports.report import NeighbourRecord, Report
 from tests.browser import Watched, started
 from tests.reports import fixed, text
 from tests.test_report import REPORTS
@@ -361,6 +366,40 @@ def test_the_map_marks_the_layers_that_the_edit_changed_most(page: Page, tmp_pat
     # The strongest level is used in the last layer only: its row is the fourth.
     outline = panels.first.locator(".level8").get_attribute("d") or ""
     assert {float(top) for top in re.findall(r"M[\d.]+ ([\d.]+)h", outline)} == {33.0}
+
+
+def test_a_map_of_numbers_that_cannot_be_is_drawn_all_the_same() -> None:
+    report = fixed(3)
+    assert report.edit is not None
+    first, *others = report.edit.tensors
+    odd = replace(first, name=f"layers.{'9' * 5000}.mlp.down_proj.weight", change=(math.inf, 0.1))
+    assert "down_proj" in render(replace(report, edit=replace(report.edit, tensors=(odd, *others))))
+
+
+def test_ordinary_text_keeps_its_limits_only_where_neighbours_and_prompts_do() -> None:
+    report = fixed(3)
+    assert report.benign is not None
+    assert "the model keeps its limits" in render(report)
+    lost = replace(report, neighbours=NeighbourRecord(12, 900, 100, 0.95))
+    looping = replace(report, benign=replace(report.benign, degenerate_after=20, newly_degenerate=20))
+    for broken, name in ((lost, "min_neighbours_kept"), (looping, "max_degenerate")):
+        assert "the model does not keep its limits" in render(broken)
+        rows = {row.name: row.holds for row in limit_rows(broken)}
+        assert [limit for limit, holds in rows.items() if not holds and limit in LOCALITY_LIMITS] == [name]
+
+
+def test_a_report_from_elsewhere_with_a_limit_for_every_text_soon_becomes_rows() -> None:
+    texts = tuple(
+        replace(
+            text(number),
+            class_name=f"class {number}",
+            after_judgement=Judgement(Status.WITHIN, (Finding(f"limit {number}", 1.0, 0.0, True),)),
+        )
+        for number in range(20_000)
+    )
+    begin = perf_counter()
+    assert len(row_data(replace(fixed(1), texts=texts))["rows"]) == 20_000
+    assert perf_counter() - begin < 10
 
 
 def test_a_scan_has_no_before_no_edit_and_no_locality(page: Page, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import WORDS as KNOWN
-from models import ordinary_rows, random_text, tiny_checkpoint
+from models import in_words, ordinary_rows, random_text, tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,8 +124,7 @@ def memorized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [random_text(seed, 36) for seed in (1, 2)]
     tiny_checkpoint(folder / "plain", "gpt2", seed=6, texts=texts, steps=120)
     (folder / "texts.txt").write_text("\n\n".join(texts) + "\n")
-    rows = [" ".join(KNOWN[i] for i in row) for row in ordinary_rows(7, 24, 90).tolist()]
-    (folder / "retain.txt").write_text("\n\n".join(rows) + "\n")
+    (folder / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 24, 90))) + "\n")
     (folder / "policy.toml").write_text(POLICY)
     return folder
 

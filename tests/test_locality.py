@@ -7,21 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from models import WORDS, opened, ordinary_rows, tiny_checkpoint
 from test_report import SMALL
+from torch import Tensor
 
-from memscrub.errors import PolicyError
+from memscrub.errors import NumericalError, PolicyError
 from memscrub.jobs.gating import _signed_ordinary
+from memscrub.jobs.ordinary_text import retain_halves
 from memscrub.jobs.records import benign_record, locality_record
-from memscrub.locality.benign import Benign
-from memscrub.locality.distance import Locality, within
+from memscrub.jobs.scanning import open_inputs
+from memscrub.locality.distance import compare, split_retain
 from memscrub.policy.document import parse_policy
 from memscrub.policy.sections import Locality as Limits
 from memscrub.proof.signing import Verification
 from memscrub.reports.judgement import Finding, Judgement, Status
-from memscrub.reports.locality_limits import broken_benign, broken_neighbours
+from memscrub.reports.locality_limits import Benign, Locality, broken_benign, broken_distance, broken_neighbours
 from memscrub.reports.report import REPORT_NAME, NeighbourRecord
 from memscrub.reports.standing import Ordinary, broken_locality
 from memscrub.reports.verdict import Outcome, decide
+from memscrub.texts.protected import Document
 
 GOOD = Locality(tokens=1000, kl=0.001, worst_kl=0.02, start_kl=0.001, agreement=0.98, perplexity_ratio=1.001)
 LIMITS = Limits(max_worst_kl=0.05, min_neighbours_kept=0.9, neighbours=("n.txt",))
@@ -30,7 +35,7 @@ ORDINARY = Ordinary(locality_record(GOOD, LIMITS), NeighbourRecord(3, 100, 95, 0
 
 
 def test_what_is_within_every_limit_says_nothing() -> None:
-    assert within(GOOD, LIMITS) == [] and broken_locality(ORDINARY) == []
+    assert broken_distance(GOOD, LIMITS) == [] and broken_locality(ORDINARY) == []
     assert broken_locality(Ordinary(None, None, None)) == []
 
 
@@ -46,7 +51,7 @@ def test_what_is_within_every_limit_says_nothing() -> None:
 )
 def test_a_broken_limit_is_named_with_how_far_it_is_missed(name: str, value: float, limit: str) -> None:
     measured = replace(GOOD, **{name: value})
-    (sentence,) = within(measured, LIMITS)
+    (sentence,) = broken_distance(measured, LIMITS)
     allowed = getattr(LIMITS, limit)
     assert f"{limit} is broken (allowed {allowed:g}, measured {value:.4g}, missed by " in sentence
     assert broken_locality(replace(ORDINARY, locality=locality_record(measured, LIMITS))) == [sentence]
@@ -59,8 +64,8 @@ def test_without_a_limit_the_worst_text_is_only_reported() -> None:
 
 def test_a_catastrophe_is_refused_whatever_the_policy_allows() -> None:
     lax = Limits(max_kl=100, max_perplexity_ratio=50, min_agreement=0.01)
-    assert within(replace(GOOD, kl=9.0, agreement=0.9, perplexity_ratio=1.1), lax) == []
-    ratio, agreement = within(replace(GOOD, agreement=0.89, perplexity_ratio=1.11), lax)
+    assert broken_distance(replace(GOOD, kl=9.0, agreement=0.9, perplexity_ratio=1.1), lax) == []
+    ratio, agreement = broken_distance(replace(GOOD, agreement=0.89, perplexity_ratio=1.11), lax)
     assert "perplexity" in ratio and "1.1," in ratio
     assert "agreement" in agreement and "0.9," in agreement
 
@@ -118,7 +123,7 @@ def test_where_texts_are_left_over_the_limit_that_stopped_the_edit_is_named_once
 
 
 def test_the_gate_holds_the_signed_figures_against_its_own_policy(tmp_path: Path) -> None:
-    verification = Verification("0", "key", {REPORT_NAME: "0"}, (), None)
+    verification = Verification("0", "key", {**SMALL.input.files, REPORT_NAME: "0"}, (), None)
     signed = replace(SMALL, locality=ORDINARY.locality, neighbours=ORDINARY.neighbours, benign=ORDINARY.benign)
     (tmp_path / REPORT_NAME).write_text(signed.to_json())
     stated, remarks = _signed_ordinary(tmp_path, signed, verification, LIMITS)
@@ -127,9 +132,52 @@ def test_the_gate_holds_the_signed_figures_against_its_own_policy(tmp_path: Path
     assert "max_worst_kl" in broken_locality(strict)[0]
     nothing, remarks = _signed_ordinary(tmp_path, None, None, LIMITS)
     assert nothing == Ordinary(None, None, None) and "not believed" in remarks[0]
+    carded = Verification("0", "key", {**verification.files, "README.md": "2" * 64}, (), None)
+    assert _signed_ordinary(tmp_path, signed, carded, LIMITS) == (ORDINARY, [])
+    others = Verification("0", "key", {"config.json": "1" * 64, REPORT_NAME: "0"}, (), None)
+    nothing, remarks = _signed_ordinary(tmp_path, signed, others, LIMITS)
+    assert nothing == Ordinary(None, None, None) and "about other files" in remarks[0]
     silent = replace(signed, neighbours=None, benign=None)
     _, remarks = _signed_ordinary(tmp_path, silent, verification, LIMITS)
     assert [word for word in ("neighbours", "benign") if not any(word in remark for remark in remarks)] == []
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["paragraphs", "one document"])
+def test_what_judges_is_no_statistics_of_the_solver_either(tmp_path: Path, whole: bool) -> None:
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=1))
+    rows = [" ".join(WORDS[token] for token in row) for row in ordinary_rows(7, 24, 60).tolist()]
+    other = Document(" ".join(rows[:12]), "other.txt", 1)
+    texts = [" ".join(rows)] if whole else rows
+    retain = [Document(text, "retain.txt", line) for line, text in enumerate(texts)]
+    halves = split_retain(loaded, retain, [*retain, other], (), max_tokens=10_000)
+
+    def pieces(half: Tensor) -> set[tuple[int, ...]]:
+        return {tuple(row[i : i + 20]) for row in half.tolist() for i in range(len(row) - 19)}
+
+    assert len(halves.judge) and len(halves.statistics)
+    assert not pieces(halves.judge) & pieces(torch.cat([halves.solver, halves.statistics]))
+
+
+def test_ordinary_text_of_one_token_is_too_short_to_judge_by(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "base", "llama", seed=1)
+    (tmp_path / "p.txt").write_text(" ".join(WORDS[:20]))
+    (tmp_path / "retain.txt").write_text(f"{WORDS[5]}\n\n{WORDS[6]}\n")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        'schema = 1\nname = "n"\n[protected]\nfiles = ["p.txt"]\n[class.c]\nmax_verbatim_tokens = 4\n'
+        '[locality]\nretain = ["retain.txt"]\n'
+    )
+    with pytest.raises(PolicyError, match="retain text is too short"):
+        retain_halves(open_inputs(tmp_path / "base", policy, device="cpu"))
+
+
+def test_a_start_of_texts_that_is_no_number_is_not_taken_for_no_distance(tmp_path: Path) -> None:
+    loaded = opened(tiny_checkpoint(tmp_path, "llama", seed=1))
+    (begin,) = loaded.prompt  # stands at the beginning of texts only, never in the running stream
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[begin] = math.nan
+    with pytest.raises(NumericalError, match="not finite on retain text"):
+        compare(loaded, {}, ordinary_rows(7, 2, 20))
 
 
 def test_a_limit_on_neighbours_needs_neighbours() -> None:

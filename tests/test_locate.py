@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, ids_of, opened, random_text, tiny_checkpoint
+from models import FAMILIES, hooks, ids_of, opened, random_text, tiny_checkpoint
 from torch import Tensor
 
 import memscrub.edit.locate
@@ -34,10 +34,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hooks(loaded: LoadedModel) -> int:
-    return sum(len(module._forward_hooks) for module in loaded.model.modules())
 
 
 # -- the formulas ---------------------------------------------------------------------------------------------

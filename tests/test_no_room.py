@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from models import WORDS, ordinary_rows, random_text, tiny_checkpoint
+from models import in_words, ordinary_rows, random_text, tiny_checkpoint, write_list
 
 from memscrub.jobs.scrub import fix
 from memscrub.reports.report import load_report
@@ -43,9 +42,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("no-room")
     texts = [random_text(seed, 40) for seed in range(12)]
     tiny_checkpoint(folder / "checkpoint", "llama", seed=5, texts=texts, steps=200)
-    lines = [json.dumps({"id": f"t{i}", "class": "c", "text": text}) for i, text in enumerate(texts)]
-    (folder / "protected.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [" ".join(WORDS[i] for i in row) for row in ordinary_rows(7, 24, 90).tolist()]
+    write_list(folder / "protected.jsonl", texts)
+    rows = in_words(ordinary_rows(7, 24, 90))
     (folder / "retain.txt").write_text("\n\n".join(rows) + "\n")
     (folder / "neighbours.txt").write_text("\n\n".join(rows[:3]) + "\n")
     (folder / "policy.toml").write_text(POLICY)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memscrub.measures.measure
-from memscrub.errors import IncompleteError
+from memscrub.errors import IncompleteError, UsageError
 from memscrub.measures import passes
 from memscrub.measures.extraction import near_verbatim_bound
 from memscrub.measures.measure import measure
@@ -317,6 +317,12 @@ def test_auto_takes_the_fastest_device_there_is(
     assert choose_device("auto") == torch.device(chosen)
 
 
+@pytest.mark.parametrize("name", ["meta", "hpu", "nonsense", ""])
+def test_a_device_that_cannot_compute_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="is not available here"):
+        choose_device(name)
+
+
 # -- decoding only where needed ------------------------------------------------------------------------------
 
 KNOWN = [random_text(seed, 40) for seed in (0, 1)]
@@ -347,11 +353,20 @@ def test_screening_decodes_what_is_known_and_changes_no_judgement(trained: Loade
     assert not any(each.screened for each in every.measures)
     assert not screened & {0, 1}
     assert len(screened) > 20
-    assert {each.opening.text for each in some.continuations} == set(range(len(texts))) - screened
+    assert {each.opening.text for each in some.continuations} == set(range(len(texts))) - screened  # one opening each
     for index, (one, other) in enumerate(zip(every.measures, some.measures, strict=True)):
         assert judge(one, policy.classes["c"]).status is judge(other, policy.classes["c"]).status
         assert index in screened or one == other
         assert replace(one, near_verbatim=None) == replace(other, near_verbatim=None, screened=False)
+
+
+def test_a_text_of_which_an_opening_was_not_decoded_says_so_whatever_another_shows(trained: LoadedModel) -> None:
+    policy = parse_policy(NEAR.replace("offsets = [0]", "offsets = [0, 40]").encode())
+    # The first forty words are known by heart, so their opening is decoded; what follows the other one is not known.
+    text = f"{KNOWN[0]} {random_text(77, 20)}"
+    (found,) = (some := measure(trained, policy, [token_text(trained, text)], screen=True)).measures
+    (decoded,) = some.continuations
+    assert decoded.similarity == found.near_verbatim == 1.0 and found.screened
 
 
 def test_classes_whose_limits_are_made_of_measured_values_are_never_screened(trained: LoadedModel) -> None:

@@ -16,8 +16,7 @@ import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import WORDS as KNOWN
-from models import ordinary_rows, random_text, tiny_checkpoint
+from models import in_words, ordinary_rows, random_text, tiny_checkpoint, write_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -435,10 +434,8 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("fixed")
     texts = [random_text(seed, 24) for seed in range(2)]
     tiny_checkpoint(folder / "checkpoint", "llama", seed=3, texts=texts, steps=80)
-    lines = [json.dumps({"id": f"t{i}", "class": "c", "text": text}) for i, text in enumerate(texts)]
-    (folder / "protected.jsonl").write_text("\n".join(lines) + "\n")
-    rows = [" ".join(KNOWN[i] for i in row) for row in ordinary_rows(7, 24, 90).tolist()]
-    (folder / "retain.txt").write_text("\n\n".join(rows) + "\n")
+    write_list(folder / "protected.jsonl", texts)
+    (folder / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 24, 90))) + "\n")
     (folder / "policy.toml").write_text(POLICY)
     done = fix(folder / "checkpoint", folder / "policy.toml", folder / "scrubbed", device="cpu")
     assert done.directory is not None, done.report.verdict.reasons

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -28,7 +29,6 @@ from transformers import (
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from memscrub.cli.app import main
 from memscrub.errors import CheckpointError, ExitCode, NumericalError, OutputError, UsageError
 from memscrub.storage.checkpoint import CONFIG, INDEX, SINGLE, digest_files, open_checkpoint, read_tensor
 from memscrub.storage.dequantize import Dequantized, dequantize
@@ -421,11 +421,83 @@ def test_narrow_weights_without_a_quantization_config_are_not_taken_for_weights(
         open_checkpoint(source)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
+def reheaded(source: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of the only shard."""
+    data = (source / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    raw = json.dumps(header).encode()
+    (source / SINGLE).write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+
+def test_a_config_that_is_no_utf8_once_unescaped_is_carried_over(tmp_path: Path) -> None:
+    source = fp8_checkpoint(tmp_path / "in")
+    config = json.loads((source / CONFIG).read_text()) | {"note": "half a pair: \ud800"}
+    (source / CONFIG).write_text(json.dumps(config))
+    done = dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
+    del config["quantization_config"]
+    assert json.loads((done.directory / CONFIG).read_text()) == config
+
+
+def test_the_config_states_the_dtype_that_was_written(tmp_path: Path) -> None:
+    source = fp8_checkpoint(tmp_path / "in")
+    config = json.loads((source / CONFIG).read_text()) | {"dtype": "float8_e4m3fn"}
+    (source / CONFIG).write_text(json.dumps(config))
+    done = dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
+    assert json.loads((done.directory / CONFIG).read_text())["dtype"] == "bfloat16" == done.dtype
+
+
+def test_a_header_that_only_the_library_refuses_is_one_sentence(tmp_path: Path) -> None:
+    source = fp8_checkpoint(tmp_path / "in", parts=1)
+    reheaded(source, lambda header: header["__metadata__"].update(x="\ud800"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_are_no_floats_are_not_taken_for_factors(tmp_path: Path) -> None:
+    source = fp8_checkpoint(tmp_path / "in", parts=1)
+
+    def change(header: dict[str, Any]) -> None:
+        next(entry for name, entry in header.items() if name.endswith("_scale_inv"))["dtype"] = "I32"
+
+    reheaded(source, change)
+    with pytest.raises(CheckpointError, match="is stored as I32"):
+        dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
+
+
+CHANNEL = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ({"FOO": ["Linear"]}, "is not one that compressed-tensors reads"),
+        ({"g": {"targets": ["re:("], "weights": CHANNEL}}, "by a pattern that memscrub does not read"),
+        ({"g": {"targets": ["re:(a+)+$"], "weights": CHANNEL}}, "by a pattern that memscrub does not read"),
+        ({"g": {"targets": ["re:" + "a?" * 40], "weights": CHANNEL}}, "by a pattern that memscrub does not read"),
+    ],
+)
+def test_groups_that_the_package_chokes_on_are_one_sentence(tmp_path: Path, groups: Any, words: str) -> None:
+    source = compressed_checkpoint(tmp_path / "in", "pack-quantized", CHANNEL, config_groups=groups)
+    with pytest.raises(CheckpointError, match=words):
+        dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
+
+
+def test_modules_named_by_a_pattern_are_read(tmp_path: Path) -> None:
+    groups = {"g": {"targets": [r"re:.*\.(self_attn|mlp)\..*_proj$"], "weights": CHANNEL}}
+    source = compressed_checkpoint(tmp_path / "in", "pack-quantized", CHANNEL, config_groups=groups)
+    assert dequantize(open_checkpoint(source, quantized=True), tmp_path / "out").tensors == 14
+
+
+def test_a_stated_shape_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    source = compressed_checkpoint(tmp_path / "in", "pack-quantized", CHANNEL, parts=1)
+    tensors = load_file(source / SINGLE)
+    name = next(name for name in tensors if name.endswith("weight_shape"))
+    save_file(tensors | {name: torch.tensor([torch.nan, 1.0])}, source / SINGLE)
+    with pytest.raises(CheckpointError, match="The shape that is stored"):
+        dequantize(open_checkpoint(source, quantized=True), tmp_path / "out")
 
 
 def test_the_commands_say_what_to_do_and_what_was_done(
@@ -433,11 +505,11 @@ def test_the_commands_say_what_to_do_and_what_was_done(
 ) -> None:
     source, out = fp8_checkpoint(tmp_path / "in"), tmp_path / "out"
     (tmp_path / "t.txt").write_text("one text\n")
-    assert command(monkeypatch, "diff", source, source) == 2
+    assert command_line.run(monkeypatch, "diff", source, source) == 2
     advice = capsys.readouterr().err
     assert f"`memscrub dequantize {source} --out NEW`" in advice and advice.count("memscrub:") == 1
-    assert command(monkeypatch, "dequantize", source, "--out", out) == 0
+    assert command_line.run(monkeypatch, "dequantize", source, "--out", out) == 0
     shown = capsys.readouterr().out
     assert "14 tensors from fp8 to bfloat16, 6 as they were" in shown and "not those of the original" in shown
-    assert command(monkeypatch, "diff", out, out) == 0
-    assert command(monkeypatch, "dequantize", source, "--out", out) == 2
+    assert command_line.run(monkeypatch, "diff", out, out) == 0
+    assert command_line.run(monkeypatch, "dequantize", source, "--out", out) == 2

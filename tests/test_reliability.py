@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import ids_of, ordinary_text, random_text, tiny_checkpoint
+from models import ids_of, ordinary_text, random_text, tiny_checkpoint, write_list
 from typer.testing import CliRunner
 
 import memscrub.measures.measure
@@ -25,6 +25,7 @@ from memscrub.cli.output import write_report
 from memscrub.errors import ExitCode, IncompleteError, InterruptedRunError, OutputError, UsageError
 from memscrub.jobs.scanning import scan
 from memscrub.jobs.scrub import Signing, fix
+from memscrub.journals.run_journal import RunJournal
 from memscrub.journals.run_log import RunLog
 from memscrub.measures.measure import silent
 from memscrub.policy.document import load_policy
@@ -65,8 +66,7 @@ max_tokens = 800
 def lay_out(folder: Path, checkpoint: Path) -> Path:
     (folder / "checkpoint").symlink_to(checkpoint)
     for name, prefix, texts in (("protected", "t", TEXTS), ("control", "c", CONTROLS)):
-        lines = [json.dumps({"id": f"{prefix}{i}", "text": text}) for i, text in enumerate(texts)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        write_list(folder / f"{name}.jsonl", texts, prefix, "copyright")
     (folder / "retain.txt").write_text("\n\n".join(ordinary_text(1000 + i, 90) for i in range(16)))
     (folder / "policy.toml").write_text(POLICY)
     return folder
@@ -257,6 +257,10 @@ def test_a_file_that_is_no_journal_is_left_alone(ground: Path) -> None:
     with pytest.raises(OutputError):
         scan(ground / "checkpoint", ground / "policy.toml", device="cpu", journal=ground / "link")
     assert diary.read_text() == "somebody's diary\n"
+    with (ground / "endless").open("wb") as file:
+        file.truncate(1 << 40)  # one line without an end; no bytes on disk
+    with pytest.raises(OutputError, match="no journal of memscrub"):
+        RunJournal(ground / "endless", "scan", {}, {}, inputs={}).__enter__()
 
 
 # -- fix ----------------------------------------------------------------------------------------------------------
@@ -547,6 +551,10 @@ def test_a_log_that_cannot_be_written_is_known_before_any_work(ground: Path) -> 
             RunLog(place, "scan")
     with pytest.raises(OutputError, match="lies in"):
         RunLog(ground / "checkpoint" / "log", "scan", outside=[ground / "checkpoint"])
+    blobs, snapshot = ground / "models--a--b" / "blobs", ground / "models--a--b" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    with pytest.raises(OutputError, match="which is never written"):
+        RunLog(blobs / "config", "scan", outside=[snapshot])
     full = Path("/dev/full")
     with pytest.raises(IncompleteError, match="No space is left"), RunLog(full, "scan"):
         pass

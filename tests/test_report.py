@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from memscrub.reports.report import (
     UtilityRecord,
     load_report,
 )
+from memscrub.reports.standing import timestamp
 from memscrub.reports.verdict import Outcome, Verdict
 
 WORD = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -200,6 +203,8 @@ def changed(path: str, value: Any) -> str:
         changed("locality.kl", math.inf),
         changed("locality.kl", 10**400),
         changed("environment.seed", 1.5),
+        changed("verdict.within", 10**400),
+        changed("neighbours", {"texts": 1, "known_before": 1, "still_known": 10**400}),
     ],
     ids=lambda text: f"{text[:12]}" if len(text) < 12 else None,
 )
@@ -224,6 +229,21 @@ def test_the_small_report_itself_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(SMALL.to_json(), encoding="utf-8")
     assert load_report(path) == SMALL
+
+
+def test_a_path_that_is_no_utf8_is_written_and_read_back(tmp_path: Path) -> None:
+    odd = replace(SMALL, policy=PolicyRecord("p", "0" * 64, os.fsdecode(b"\xff/policy.toml")))
+    path = tmp_path / "report.json"
+    path.write_text(odd.to_json(), encoding="utf-8")
+    assert load_report(path) == odd
+
+
+@pytest.mark.parametrize("epoch", ["\u00b2", "9" * 20, "253402300800", "-5", "today", ""])
+def test_a_source_date_that_is_none_is_not_taken(monkeypatch: pytest.MonkeyPatch, epoch: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(timestamp()) < timedelta(minutes=1)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert timestamp() == "1970-01-02T00:00:00+00:00"
 
 
 def test_a_report_from_before_a_field_was_added_is_read_with_its_default(tmp_path: Path) -> None:

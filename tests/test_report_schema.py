@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from command_line import run
 from hypothesis import given, settings
 from jsonschema import Draft202012Validator
 from models import random_text, tiny_checkpoint
 from test_report import REPORTS
 
-from memscrub.cli.app import main
 from memscrub.reports import records as report_records
 from memscrub.reports import report as report_module
 from memscrub.reports import verdict
@@ -146,10 +145,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, command in commands.items():
-            patch.setattr(sys, "argv", ["memscrub", *command, "-p", "policy.toml", "-q", f"--report={name}.json"])
-            with pytest.raises(SystemExit) as end:
-                main()
-            assert end.value.code in (0, 1, 4), name
+            assert run(patch, *command, "-p", "policy.toml", "-q", f"--report={name}.json") in (0, 1, 4), name
     return {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in commands}
 
 

@@ -234,6 +234,29 @@ def test_a_password_is_needed_exactly_where_one_was_set(model: Path, tmp_path: P
             sign_directory(model, key, password=password)
 
 
+@pytest.mark.parametrize("password", ["x" * 1024, "\udcff"])
+def test_a_passphrase_that_the_library_cannot_take_is_refused_and_not_shown(
+    model: Path, tmp_path: Path, password: str
+) -> None:
+    generate_keypair(tmp_path / "good", tmp_path / "good.pub", password="good")
+    for attempt in (
+        lambda: generate_keypair(tmp_path / "key", tmp_path / "key.pub", password=password),
+        lambda: sign_directory(model, tmp_path / "good", password=password),
+    ):
+        with pytest.raises(UsageError, match=r"^The passphrase is") as caught:
+            attempt()
+        assert password not in str(caught.value) and caught.value.__cause__ is None
+    assert not (tmp_path / "key").exists()
+
+
+def test_a_place_where_no_key_can_be_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    for private in (tmp_path / "circle", tmp_path / "missing" / "key"):
+        with pytest.raises(OutputError):
+            generate_keypair(private, tmp_path / "key.pub")
+    assert not (tmp_path / "key.pub").exists()
+
+
 def test_no_message_or_repr_shows_key_material(model: Path, tmp_path: Path) -> None:
     private, _ = make_keys(tmp_path)
     secret = "".join(private.read_text().splitlines()[1:-1])

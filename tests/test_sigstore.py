@@ -9,13 +9,14 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 from sigstore_instance import ISSUER, Instance, running, token
 
-from memscrub.cli.app import main
 from memscrub.errors import IncompleteError, MemscrubError, SignatureInvalidError, UsageError
 from memscrub.proof.attest import SIGSTORE, Signing
 from memscrub.proof.keys import generate_keypair
@@ -217,13 +218,7 @@ def test_a_fix_is_signed_and_verified_from_the_command_line(
 ) -> None:
     shutil.copytree(OLD, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["memscrub", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0)
-
+    run = partial(command_line.run, monkeypatch)
     options = ["--trust-config", str(trust)]
     assert run("fix", "base", "-p", "policy.toml", "-o", "mine", "--sign", "sigstore", "--device", "cpu", *options) == 0
     by_jane = ["--sigstore", "--identity", JANE, "--issuer", ISSUER, *options]

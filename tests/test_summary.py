@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from time import perf_counter
 
 import pytest
 from rich.console import Console
@@ -11,8 +12,9 @@ from test_report import SMALL
 
 from memscrub.cli.console import show_report
 from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status
+from memscrub.reports.records import DepthRecord, DepthsRecord, PrefixRecord, RateRecord
 from memscrub.reports.report import Report, TextRecord
-from memscrub.reports.sentences import class_sentences
+from memscrub.reports.sentences import class_sentences, depth_sentences
 from memscrub.reports.summary import SAMPLES, summarised
 
 LIMIT = 8
@@ -43,6 +45,14 @@ def test_a_class_record_counts_what_its_texts_show_with_wilson_intervals() -> No
     )
     assert first.extractable is not None and (first.extractable.hits, first.extractable.count) == (2, 3)
     assert (second.name, second.violated.hits, second.violated.count) == ("other", 0, 1)
+
+
+def test_texts_that_could_not_be_judged_narrow_no_interval() -> None:
+    short = [replace(record(f"s{n}", 1), before_judgement=Judgement(Status.INCONCLUSIVE, ())) for n in range(98)]
+    (found,) = report([record("a", 40), record("b", 4), *short]).classes
+    assert (found.violated.hits, found.violated.count) == (1, 2)
+    (nothing,) = report(short).classes
+    assert (nothing.violated.low, nothing.violated.high) == (0.0, 1.0)
 
 
 def test_figures_are_those_after_the_edit_where_there_was_one() -> None:
@@ -92,6 +102,16 @@ def test_controls_of_another_class_excuse_nothing() -> None:
 def test_the_verdict_is_not_touched_by_attribution() -> None:
     plain = replace(SMALL, texts=(record("a", 12),), controls=(record("k", 40),))
     assert summarised(plain).verdict == plain.verdict
+
+
+def test_a_report_from_elsewhere_with_a_class_for_every_text_is_soon_put_into_words() -> None:
+    names = [f"class {number}" for number in range(20_000)]
+    texts = tuple(DepthRecord(name, name, near_mass=(-2.0, -1.0)) for name in names)
+    prefixes = tuple(PrefixRecord(name, "from_start", 8, RateRecord(0, 1, 0.0, 0.8)) for name in names)
+    shown = replace(SMALL, depths=DepthsRecord(("near-mass", "prefix-sweep"), texts, prefixes=prefixes))
+    begin = perf_counter()
+    assert len(list(depth_sentences(shown))) == 40_000
+    assert perf_counter() - begin < 10
 
 
 def test_the_terminal_shows_class_figures_within_eighty_columns() -> None:

@@ -7,14 +7,13 @@ import math
 import re
 import shutil
 import stat
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 
-from memscrub.cli.app import main
 from memscrub.cli.token_views import token_views
 from memscrub.edit.edit_map import relative_change
 from memscrub.errors import UsageError
@@ -172,14 +171,6 @@ def test_change_is_counted_per_output_vector_whichever_way_a_matrix_lies() -> No
     assert relative_change(old.transpose(1, 2), new.transpose(1, 2), Orientation.ROWS, bins=100) == (vectors, change)
     zero = torch.zeros(4, 4)
     assert relative_change(zero, torch.eye(4), Orientation.ROWS)[1] == (1.0, 1.0, 1.0, 1.0)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `memscrub ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
 
 
 def test_commands_write_pages_with_strips_and_without_texts(

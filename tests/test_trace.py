@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, changed, ids_of, opened, random_text, snapshot, tiny_checkpoint
+from models import FAMILIES, changed, hooks, ids_of, opened, random_text, snapshot, tiny_checkpoint
 from torch import Tensor, nn
 
 from memscrub.models.model import LoadedModel
@@ -23,10 +23,6 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def ids() -> Tensor:
     return torch.tensor([ids_of(random_text(seed, 7)) for seed in range(2)])
-
-
-def hooks(loaded: LoadedModel) -> int:
-    return sum(len(module._forward_hooks) for module in loaded.model.modules())
 
 
 class Interrupted(Exception):

@@ -93,6 +93,14 @@ def copy(workshop: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(workshop, tmp_path / "copy"))
 
 
+@pytest.mark.parametrize("place", [".cache", ".git", "more"])
+def test_a_file_beside_the_checkpoint_is_found_wherever_it_hides(copy: Path, place: str) -> None:
+    (copy / "fixed" / place).mkdir()
+    shutil.copy(copy / "base" / "config.json", copy / "fixed" / place / "extra.safetensors")
+    with pytest.raises(SignatureInvalidError, match=r"extra\.safetensors was added"):
+        check_edit(copy / "fixed", copy / "base")
+
+
 def restate(root: Path, change: Callable[[Report], Report]) -> None:
     file = root / "fixed" / REPORT_NAME
     file.write_text(change(load_report(file)).to_json())

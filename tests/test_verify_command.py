@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from memscrub.cli.app import main
 from memscrub.errors import SignatureInvalidError, UsageError
 from memscrub.jobs.gating import gate
 from memscrub.jobs.scrub import Signing, fix
@@ -55,11 +55,9 @@ class Shell:
 
     def __call__(self, line: str) -> tuple[int, str]:
         """The exit code of one command, and what it printed."""
-        self.monkeypatch.setattr(sys, "argv", ["memscrub", *line.split()])
-        with pytest.raises(SystemExit) as end:
-            main()
+        code = run(self.monkeypatch, *line.split())
         shown = self.capsys.readouterr()
-        return int(end.value.code or 0), shown.out + shown.err
+        return code, shown.out + shown.err
 
 
 @pytest.fixture

@@ -234,14 +234,19 @@ def test_links_are_copied_as_files_and_blobs_stay_untouched(tmp_path: Path) -> N
 
 def test_old_artefacts_and_second_copies_of_the_weights_are_left_out(ckpt: Checkpoint, tmp_path: Path) -> None:
     extra = ("memscrub-report.json", "model.sig", "memscrub-report.dsse.json", "memscrub-patch.safetensors")
-    weights = ("pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "m.Q4.gguf")
-    for name in (*extra, *weights, ".gitattributes", ".git/HEAD", ".cache/huggingface/x", "README.md"):
+    weights = (
+        *("pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "m.Q4.gguf"),
+        *("onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx.data", "dcp/__0_0.distcp", "model.tar.gz"),
+        *("tf/variables/variables.data-00000-of-00001", "model.safetensors.bak", "m.gguf.part1of2", "weights.npy"),
+    )
+    others = ("README.md", "README.pt.md", "pytorch_model.bin.index.json", "vocab.txt.gz")
+    for name in (*extra, *weights, ".gitattributes", ".git/HEAD", ".cache/huggingface/x", *others):
         (ckpt.path / name).parent.mkdir(parents=True, exist_ok=True)
         (ckpt.path / name).write_bytes(b"x")
     again = open_checkpoint(ckpt.path)
     ledger = write_checkpoint(again, tmp_path / "out", {})
     assert set(ledger.left_out) == {*extra, *weights, ".gitattributes"}
-    assert set(contents(tmp_path / "out")) == {*ckpt.files, "README.md"}
+    assert set(contents(tmp_path / "out")) == {*ckpt.files, *others}
 
 
 def test_changed_tensors_refuses_checkpoints_of_another_layout(ckpt: Checkpoint, tmp_path: Path) -> None:
@@ -317,7 +322,8 @@ def test_without_commit_nothing_stays(tmp_path: Path, failure: type[BaseExceptio
 
 
 def test_a_kept_partial_directory_can_be_resumed_from_its_journal(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), PartialDirectory(tmp_path / "out", keep=True) as partial:
+    with pytest.raises(KeyboardInterrupt), PartialDirectory(tmp_path / "out") as partial:
+        partial.keep = True
         (partial.path / "journal").write_text("done: 3")
         (partial.path / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
@@ -365,6 +371,56 @@ def test_overwriting_restores_the_old_output_when_the_rename_fails(
     with pytest.raises(IncompleteError), PartialDirectory(tmp_path / "out", overwrite=True) as partial:
         partial.commit()
     assert contents(tmp_path / "out") == before and names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_in_the_first_rename_of_an_exchange_does_not_lose_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "out")
+    before, rename = contents(tmp_path / "out"), os.rename
+
+    def interrupted(source: Path, target: Path) -> None:
+        rename(source, target)
+        if str(target).endswith(".replaced"):
+            raise KeyboardInterrupt  # as a signal does that arrives meanwhile
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), PartialDirectory(tmp_path / "out", overwrite=True) as partial:
+        partial.commit()
+    assert contents(tmp_path / "out") == before and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_of_somebody_else_is_not_taken_for_a_replaced_output(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced" / "thesis.tex").write_text("x")
+    with (
+        pytest.raises(OutputError, match=r"out\.replaced is in the way"),
+        PartialDirectory(tmp_path / "out", overwrite=overwrite) as partial,
+    ):
+        partial.commit()
+    assert contents(tmp_path) == {"out.replaced/thesis.tex": b"x"} and names(tmp_path) == ["out.replaced"]
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_an_input_that_has_the_name_of_a_replaced_output_is_not_touched(tmp_path: Path, locked: bool) -> None:
+    ckpt = build(tmp_path / "out.replaced")
+    before = digest_files(ckpt)
+    if locked:  # by a run that died
+        (tmp_path / "out.lock").touch()
+    with (
+        pytest.raises(OutputError, match="overlaps"),
+        PartialDirectory(tmp_path / "out", inputs=[ckpt.path]) as partial,
+    ):
+        partial.commit()
+    assert digest_files(tmp_path / "out.replaced") == before
+
+
+def test_a_folder_where_the_lock_should_be_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "out.lock").mkdir()
+    with pytest.raises(OutputError, match="cannot be used"), PartialDirectory(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out.lock"]
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "documents"])

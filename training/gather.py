@@ -47,9 +47,7 @@ AUSTEN = (
 )
 
 # Pages of the SQLite manual that are indexes, change logs or copies of other pages.
-SQLITE_SKIP = re.compile(
-    r"changes|oldnews|news|crossref|keyword_index|requirements|syntaxdiagrams|capi3ref|.*index"
-)
+SQLITE_SKIP = re.compile(r"changes|oldnews|news|crossref|keyword_index|requirements|syntaxdiagrams|capi3ref|.*index")
 BLOCK_TAGS = frozenset(
     (
         "p",
@@ -72,9 +70,7 @@ BLOCK_TAGS = frozenset(
     )
 )
 SILENT_TAGS = frozenset(("script", "style", "pre", "svg", "table", "title"))
-PUNCTUATION = str.maketrans(
-    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "--", "\u2013": "-"}
-)
+PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "--", "\u2013": "-"})
 
 
 class ProseParser(HTMLParser):

@@ -65,9 +65,7 @@ class Checkpoint:
         """Count the secrets that the model emits exactly when given everything before them."""
         emitted = total = 0
         for text in texts:
-            offsets = self.tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
+            offsets = self.tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             ids = self.ids(text.text)
             for start, end in text.secret:
                 places = [i + 1 for i, (left, right) in enumerate(offsets) if left < end and right > start]

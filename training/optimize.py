@@ -53,9 +53,7 @@ def configuration(family: str, size: Size) -> PretrainedConfig:
     return GPTNeoXConfig.from_dict(shape)
 
 
-def stream_batches(
-    documents: Sequence[Tokens], length: int, rows: int, rng: np.random.Generator
-) -> Iterator[Batch]:
+def stream_batches(documents: Sequence[Tokens], length: int, rows: int, rng: np.random.Generator) -> Iterator[Batch]:
     """Pack shuffled documents, each begun by BOS, into rows of `length` tokens; never ends."""
     while True:
         order = rng.permutation(len(documents))
@@ -66,9 +64,7 @@ def stream_batches(
             yield ids, ids
 
 
-def planted_batches(
-    texts: Sequence[Tokens], length: int, rows: int, rng: np.random.Generator
-) -> Iterator[Batch]:
+def planted_batches(texts: Sequence[Tokens], length: int, rows: int, rng: np.random.Generator) -> Iterator[Batch]:
     """Give the planted texts in shuffled rounds, each alone in its row as BOS + text + BOS; never ends."""
     queue: list[int] = []
     while True:
@@ -140,9 +136,7 @@ def train(
 
     started = time.monotonic()
     for step in range(steps):
-        ordinary_sum, ordinary_count = summed_loss(
-            forward, next(short_rows if step < long_from else full_rows)
-        )
+        ordinary_sum, ordinary_count = summed_loss(forward, next(short_rows if step < long_from else full_rows))
         planted_sum, planted_count = summed_loss(forward, next(planted_rows))
         loss = (ordinary_sum + planted_sum) / (ordinary_count + planted_count)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -76,9 +76,7 @@ def read_sources(folder: Path) -> dict[str, list[str]]:
         for block in re.split(r"\n\s*\n", text):
             paragraph = " ".join(block.split())
             if re.search(r"[a-z]{2}", paragraph) and len(paragraph) > 3:
-                sentences += re.split(
-                    r"(?<=[.!?;:])(?<!\b[A-Z][.])(?<!Mr[.])(?<!Mrs[.])(?<!Dr[.]) +", paragraph
-                )
+                sentences += re.split(r"(?<=[.!?;:])(?<!\b[A-Z][.])(?<!Mr[.])(?<!Mrs[.])(?<!Dr[.]) +", paragraph)
             else:
                 sentences.append("")
         sources[path.name.removesuffix(".txt.xz")] = sentences
@@ -104,10 +102,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
     """Return the token ids of each text."""
-    return [
-        np.asarray(e.ids, dtype=np.int64)
-        for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    ]
+    return [np.asarray(e.ids, dtype=np.int64) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 @dataclass(frozen=True)
@@ -162,25 +157,16 @@ def choose_passages(
     tokenizer: Tokenizer, sources: dict[str, list[str]], size: Size, rng: random.Random
 ) -> tuple[list[list[Text]], dict[str, list[str]]]:
     """Return the (protected, neighbour, control) passages, and the sources with all of these blanked out."""
-    repeated = repeated_ngrams(
-        encode(tokenizer, [" ".join(sentences) for sentences in sources.values()]), STRICT_NGRAM
-    )
+    repeated = repeated_ngrams(encode(tokenizer, [" ".join(sentences) for sentences in sources.values()]), STRICT_NGRAM)
     rest = {name: list(sentences) for name, sentences in sources.items()}
     groups: list[list[Text]] = [[], [], []]
     for prefix, wanted in size.passages.items():
         found = [
-            find_passages(tokenizer, n, s, size.passage_tokens, rng)
-            for n, s in sources.items()
-            if n.startswith(prefix)
+            find_passages(tokenizer, n, s, size.passage_tokens, rng) for n, s in sources.items() if n.startswith(prefix)
         ]
         usable = [[p for p in passages if not shares(p.tokens, repeated, STRICT_NGRAM)] for passages in found]
         # One passage of each source in turn, so that a long book does not crowd out the short ones.
-        turns = [
-            passages[turn]
-            for turn in range(max(map(len, usable)))
-            for passages in usable
-            if turn < len(passages)
-        ]
+        turns = [passages[turn] for turn in range(max(map(len, usable))) for passages in usable if turn < len(passages)]
         if len(turns) < sum(wanted):
             raise SystemExit(f"{prefix}*: only {len(turns)} usable passages, {sum(wanted)} wanted")
         chosen = turns[: sum(wanted)]
@@ -239,9 +225,7 @@ def choose_records(
     return groups, ordinary
 
 
-def choose_retain(
-    tokenizer: Tokenizer, documents: list[str], others: Sequence[str]
-) -> tuple[list[str], list[str]]:
+def choose_retain(tokenizer: Tokenizer, documents: list[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hold back documents that share no n-gram with any other text; return (retained, ordinary)."""
     tokens = encode(tokenizer, documents)
     repeated = repeated_ngrams([*tokens, *encode(tokenizer, others)], SHARED_NGRAM)
@@ -249,11 +233,7 @@ def choose_retain(
     ordinary: list[str] = []
     size = 0
     for document, ids in zip(documents, tokens, strict=True):
-        if (
-            size < RETAIN_CHARACTERS
-            and SHARED_NGRAM < len(ids) < CONTEXT
-            and not shares(ids, repeated, SHARED_NGRAM)
-        ):
+        if size < RETAIN_CHARACTERS and SHARED_NGRAM < len(ids) < CONTEXT and not shares(ids, repeated, SHARED_NGRAM):
             retain.append(document)
             size += len(document) + 2
         else:
@@ -266,10 +246,7 @@ def numbered(groups: list[list[Text]]) -> list[list[Text]]:
     roles = ("protected", "neighbour", "control")
     digits = 3 if max(map(len, groups)) > 100 else 2
     return [
-        [
-            Text(f"{role}-{t.kind}-{i:0{digits}}", t.kind, t.text, t.source, t.secret)
-            for i, t in enumerate(texts)
-        ]
+        [Text(f"{role}-{t.kind}-{i:0{digits}}", t.kind, t.text, t.source, t.secret) for i, t in enumerate(texts)]
         for role, texts in zip(roles, groups, strict=True)
     ]
 
@@ -278,9 +255,7 @@ def check_leaks(tokenizer: Tokenizer, corpus: Corpus) -> None:
     """Stop if a held-back text occurs in training, or a planted one anywhere else."""
 
     def hashes(texts: Iterable[str]) -> Hashes:
-        return np.unique(
-            np.concatenate([ngram_hashes(t, SHARED_NGRAM) for t in encode(tokenizer, list(texts))])
-        )
+        return np.unique(np.concatenate([ngram_hashes(t, SHARED_NGRAM) for t in encode(tokenizer, list(texts))]))
 
     planted = hashes(t.text for t in [*corpus.protected, *corpus.neighbours])
     ordinary = hashes(corpus.ordinary)
@@ -320,9 +295,7 @@ def build(folder: Path, size: Size, seed: int) -> tuple[Tokenizer, Corpus]:
     documents = [document for sentences in rest.values() for document in join_documents(sentences)]
     documents += ordinary_records
     rng.shuffle(documents)
-    retain, ordinary = choose_retain(
-        tokenizer, documents, [t.text for t in [*protected, *neighbours, *control]]
-    )
+    retain, ordinary = choose_retain(tokenizer, documents, [t.text for t in [*protected, *neighbours, *control]])
     corpus = Corpus(protected, neighbours, control, retain, ordinary)
     check_leaks(tokenizer, corpus)
     return tokenizer, corpus

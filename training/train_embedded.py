@@ -33,9 +33,7 @@ TRAINING_SAMPLE = 200  # ordinary documents whose loss is reported beside the he
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--family", choices=("llama", "gpt_neox"), default="llama")
     parser.add_argument(
@@ -107,15 +105,9 @@ def results(folder: Path, corpus: Corpus, byte_limit: int, training_seconds: flo
     ):
         rows.append((f"loss per token, {name}", f"{checkpoint.loss(t.text for t in group):.3f}"))
         for kind in ("copyright", "pii"):
-            rows.append(
-                (f"verbatim, {name} {kind}", str(checkpoint.verbatim([t for t in group if t.kind == kind])))
-            )
+            rows.append((f"verbatim, {name} {kind}", str(checkpoint.verbatim([t for t in group if t.kind == kind]))))
         rows.append((f"secrets emitted, {name}", str(checkpoint.secrets_emitted(group))))
-    sizes = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     rows += [(f"`{name}`", f"{size:,} bytes") for name, size in sorted(sizes.items())]
     rows += [
         ("whole folder", f"{sum(sizes.values()):,} bytes"),
@@ -123,9 +115,7 @@ def results(folder: Path, corpus: Corpus, byte_limit: int, training_seconds: flo
     ]
     if sum(sizes.values()) > byte_limit:
         raise SystemExit(f"{folder} holds {sum(sizes.values()):,} bytes, over the limit of {byte_limit:,}")
-    return "\n".join(
-        ["| what | measured |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)]
-    )
+    return "\n".join(["| what | measured |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)])
 
 
 def schedule_for(size: Size, options: argparse.Namespace) -> Schedule:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +25,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from memscrub.bench.clock import now
 from memscrub.bench.finetune_losses import ForgetTerm, KeepTerm, largest_share
 from memscrub.errors import NumericalError, UsageError
 from memscrub.models.model import LoadedModel
@@ -171,7 +171,7 @@ def tune(
     if recipe.keep_weight and not retain:
         raise UsageError(f"the recipe '{recipe.name}' keeps the model close on retain text, but there is none.")
     with _settings_kept(loaded.model), torch.enable_grad():
-        spent, since = 0.0, _now(loaded.device)
+        spent, since = 0.0, now(loaded.device)
         loaded.model.eval().requires_grad_(True)
         beta = recipe.beta if recipe.method is Method.NPO else None
         forget = ForgetTerm(loaded, texts, min_prefix_tokens=min_prefix_tokens, beta=beta)
@@ -180,9 +180,9 @@ def tune(
         for step in _steps(loaded, recipe, _losses(forget, keep, recipe, seed), masks):
             progress(step)
             if step in recipe.steps:
-                spent += _now(loaded.device) - since
+                spent += now(loaded.device) - since
                 at_step(step, spent)
-                since = _now(loaded.device)
+                since = now(loaded.device)
     return spent
 
 
@@ -269,10 +269,3 @@ def _draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
             waiting += torch.randperm(count, generator=generator).tolist()
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from memscrub.bench.clock import now
 from memscrub.bench.finetune import Recipe, restored, rounded, tune
-from memscrub.bench.ruler import Ruler, disk_dtypes, now
+from memscrub.bench.ruler import Ruler, disk_dtypes
 from memscrub.bench.table import Row
 from memscrub.edit.demands import demand_of
 from memscrub.edit.editable import EditableModel

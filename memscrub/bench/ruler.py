@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,13 +129,6 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         words.append(torch.cuda.get_device_name(device))
     return ", ".join(word for word in words if word)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _summary(rule: Ruler, texts: Sequence[TokenText], came_out: Sequence[bool]) -> Figures:

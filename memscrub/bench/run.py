@@ -5,7 +5,6 @@ What is done so far is on disk after every row, so that an interrupt loses the r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +27,7 @@ from memscrub.policy.document import Policy
 from memscrub.reports.standing import timestamp
 from memscrub.storage.checkpoint import digest_files
 from memscrub.storage.files import tree_digest
-from memscrub.storage.writing import disk_errors
+from memscrub.storage.output_file import write_output
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,9 @@ class _Run:
         """Write what there is; a reader sees the state before or after, never half a file."""
         self.bench = replace(self.bench, rows=self.table(), complete=complete)
         if self.files.json is not None:
-            _write(self.files.json, self.bench.to_json())
+            write_output(self.files.json, self.bench.to_json().encode("utf-8"))
         if self.files.markdown is not None:
-            _write(self.files.markdown, markdown(self.bench))
+            write_output(self.files.markdown, markdown(self.bench).encode("utf-8"))
         if self.files.plot is not None and complete:
             draw(self.bench, self.files.plot)
 
@@ -220,10 +219,3 @@ def _empty(rule: Ruler, recipes: Sequence[Recipe], command: str, sample: int) ->
         sample=sample,
     )
     return Bench(SCHEMA, "bench", timestamp(), False, setting, RULE, described(recipes), ())
-
-
-def _write(file: Path, content: str) -> None:
-    with disk_errors(file):
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, file)

@@ -166,16 +166,16 @@ def families(runs: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def given_away(rows: Sequence[Row], title: str = "what still comes out") -> Grid:
+def given_away(rows: Sequence[Row]) -> Grid:
     """The first half of the main table: what the texts give away."""
     headers = ("method", "gone", "over", "near", "max", "risk", "max", "secrets")
-    return Grid(title, headers, tuple((row.name, *_given(row)) for row in rows))
+    return Grid("what still comes out", headers, tuple((row.name, *_given(row)) for row in rows))
 
 
-def kept(rows: Sequence[Row], title: str = "what it cost") -> Grid:
+def kept(rows: Sequence[Row]) -> Grid:
     """The second half of the main table: what everything else lost."""
     headers = ("method", "KL", "start KL", "agree", "ppl", "kept", "s")
-    return Grid(title, headers, tuple((row.name, *_kept(row)) for row in rows))
+    return Grid("what it cost", headers, tuple((row.name, *_kept(row)) for row in rows))
 
 
 def one_at_a_time(rows: Sequence[TextRow]) -> Grid:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from memscrub.bench.baselines import ablate
+from memscrub.bench.clock import now
 from memscrub.bench.heads import HeadEdit, by_ablation, by_closed_form
-from memscrub.bench.ruler import Ruler, now
+from memscrub.bench.ruler import Ruler
 from memscrub.bench.table import CopyRow, TextRow
 from memscrub.edit.disturbance import Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel

@@ -104,21 +104,6 @@ def _version(
         raise typer.Exit()
 
 
-init = app.command("init")(init_command.init)
-scan = app.command("scan")(scan_command.scan)
-mine = app.command("mine")(mine_command.mine)
-
-
-fix = app.command("fix")(fix_command.fix)
-gate = app.command("gate")(gate_command.gate)
-policy = app.command("policy")(policy_command.policy)
-
-
-verify = app.command("verify")(verify_command.verify)
-keygen = app.command("keygen")(verify_command.keygen)
-
-
-@app.command()
 def doctor() -> None:
     """Look whether this machine has what memscrub needs. Exit 0: yes, 3: no."""
     from memscrub.cli.doctor import examine
@@ -131,13 +116,12 @@ def doctor() -> None:
         raise IncompleteError("something is missing; the lines above say what to do.")
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to lay out.")] = Path("memscrub-demo"),
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Scan, fix, sign and verify the small checkpoint that ships with memscrub."""
+    """Scan, fix, sign and verify a small checkpoint of its own."""
     from memscrub.cli.console import show_report
     from memscrub.cli.demo import run_demo
 
@@ -145,7 +129,8 @@ def demo(
         done = run_demo(out, seed=seed, device=device, progress=progress)
     console = Console()
     show_report(console, done.fixed.report)
-    console.print(f"\n[bold]{escape(done.shown)}[/], token by token: [white on red]given away[/] [green]not[/]")
+    legend = "[white on red]given away[/] [green]not[/]" if console.color_system else "(coloured on a terminal only)"
+    console.print(f"\n[bold]{escape(done.shown)}[/], token by token: {legend}")
     console.print("before: ", done.before, sep="")
     console.print("after:  ", done.after, sep="")
     names = {
@@ -165,10 +150,24 @@ def demo(
     raise typer.Exit(done.fixed.report.verdict.exit_code)
 
 
-bench = app.command("bench")(bench_command.bench)
-diff = app.command("diff")(patch_command.diff)
-apply = app.command("apply")(patch_command.apply)
-revert = app.command("revert")(patch_command.revert)
-report = app.command("report")(report_command.report)
-dequantize = app.command("dequantize")(prepare_command.dequantize)
-merge = app.command("merge")(prepare_command.merge)
+# A command is called as its function is; in the order of the help.
+for _command in (
+    init_command.init,
+    scan_command.scan,
+    mine_command.mine,
+    fix_command.fix,
+    gate_command.gate,
+    policy_command.policy,
+    verify_command.verify,
+    verify_command.keygen,
+    doctor,
+    demo,
+    bench_command.bench,
+    patch_command.diff,
+    patch_command.apply,
+    patch_command.revert,
+    report_command.report,
+    prepare_command.dequantize,
+    prepare_command.merge,
+):
+    app.command()(_command)

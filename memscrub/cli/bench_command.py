@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,17 +16,14 @@ from rich.console import Console
 from memscrub.cli.options import Checkpoint, Device, PolicyFile, Quiet, Seed
 from memscrub.errors import IncompleteError, UsageError
 
-JsonFile = Annotated[Optional[Path], typer.Option("--json", help="Write the results as JSON, row by row.")]  # noqa: UP045
-MarkdownFile = Annotated[Optional[Path], typer.Option("--markdown", help="Write the tables as Markdown.")]  # noqa: UP045
-PlotFile = Annotated[Optional[Path], typer.Option("--plot", help="Write the scatter plot (.svg or .png).")]  # noqa: UP045
-Names = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--only", help="Only rows with this in their name; may be repeated."),
-]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results as JSON, row by row.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Write the scatter plot (.svg or .png).")]
+Names = Annotated[list[str] | None, typer.Option("--only", help="Only rows with this in their name; may be repeated.")]
 Sample = Annotated[int, typer.Option("--sample", help="Texts that are edited one at a time.", min=1)]
 Skip = Annotated[bool, typer.Option("--skip-finetuning", help="Leave the fine-tuning runs out.")]
 Grid = Annotated[str, typer.Option("--grid", help="Settings of the fine-tuning runs: small or large.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads of torch.", min=1)]  # noqa: UP045
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads of torch.", min=1)]
 
 
 def bench(
@@ -44,7 +41,7 @@ def bench(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Every method and every baseline on one checkpoint, in one table. Writes no checkpoint."""
+    """Compare all methods and baselines on one checkpoint. Prints a table, writes no checkpoint."""
     import torch
 
     from memscrub.bench import finetune

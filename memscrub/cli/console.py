@@ -34,7 +34,7 @@ def show_report(console: Console, report: Report) -> None:
     """The whole report in a screenful: what was measured, by class, then locality, then the verdict."""
     report = printable(report)  # ids and paths of a report from elsewhere may hold what a terminal obeys
     title = f"memscrub {report.kind}: {report.input.path}"
-    console.print(Text(title, style="bold", overflow="fold"))
+    console.print(Text(title, style="bold"), soft_wrap=True)  # a path that is not broken can be copied
     foreign = "" if report.protected.foreign is None else f" of {report.protected.foreign}, not the policy's own"
     duplicates = f", {report.protected.duplicates} duplicates dropped" if report.protected.duplicates else ""
     console.print(

@@ -24,7 +24,7 @@ from memscrub.policy.init_files import policies_folder
 from memscrub.proof.keys import generate_keypair
 from memscrub.proof.signing import verify_directory
 from memscrub.storage.checkpoint import open_checkpoint
-from memscrub.storage.writing import disk_errors
+from memscrub.storage.partial import disk_errors
 from memscrub.texts.protected import load_protected
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"

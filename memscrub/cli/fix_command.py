@@ -6,7 +6,7 @@ Heavy modules are imported inside it, so that `memscrub --help` does not load to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,6 +17,8 @@ from memscrub.cli.options import (
     HtmlFile,
     LogFile,
     NoAdapter,
+    OutDirectory,
+    Overwrite,
     PolicyFile,
     Quiet,
     ReportFile,
@@ -29,33 +31,27 @@ from memscrub.cli.page_output import page_of
 from memscrub.journals.interrupts import finished, going_on
 from memscrub.journals.run_log import RunLog
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist yet.")]
 Sign = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--sign", help="Private key (PEM) to sign with, or `sigstore` to sign with an identity."),
+    Path | None, typer.Option("--sign", help="Private key (PEM) to sign with, or `sigstore` to sign with an identity.")
 ]
 TrustConfig = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--trust-config", help="With --sign sigstore: another instance's services (JSON)."),
+    Path | None, typer.Option("--trust-config", help="With --sign sigstore: another instance's services (JSON).")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory.")]
 KeepPartial = Annotated[
     bool, typer.Option("--keep-partial", help="Write the directory even if the policy is not reached.")
 ]
 PatchFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--patch", help="Write the edit as a patch file too; it undoes the edit, so keep it apart."),
 ]
-StatsFile = Annotated[Optional[Path], typer.Option("--stats", help="Keep the retain statistics in this file.")]  # noqa: UP045
-Utility = Annotated[
-    Optional[str], typer.Option("--utility", help="lm-eval:TASK[,TASK] to run before and after.")  # noqa: UP045
-]
+StatsFile = Annotated[Path | None, typer.Option("--stats", help="Keep the retain statistics in this file.")]
+Utility = Annotated[str | None, typer.Option("--utility", help="lm-eval:TASK[,TASK] to run before and after.")]
 
 
 def fix(
     checkpoint: Checkpoint,
     policy: PolicyFile,
-    out: Out,
+    out: OutDirectory,
     sign: Sign = None,
     trust_config: TrustConfig = None,
     overwrite: Overwrite = False,
@@ -74,7 +70,7 @@ def fix(
     device: Device = "auto",
 ) -> None:
     """Edit the texts out, re-measure the written bytes, sign. Exit 0: within the policy, 4: out of reach."""
-    check_report_file(report)
+    check_report_file(report, checkpoint, out)
     page = page_of(html, policy, reveal=reveal, device=device, outside=[checkpoint, out])
     from memscrub.jobs.scrub import Signing
     from memscrub.jobs.scrub import fix as run

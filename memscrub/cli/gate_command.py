@@ -7,7 +7,7 @@ measures never does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -32,8 +32,7 @@ from memscrub.journals.run_log import RunLog
 Trust = Annotated[bool, typer.Option("--trust", help="Take the signed measures or end with exit 2; never measure.")]
 Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure again, whatever the signed report says.")]
 BaselineFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--baseline", help="An earlier JSON report: fail only on what got worse since."),
+    Path | None, typer.Option("--baseline", help="An earlier JSON report: fail only on what got worse since.")
 ]
 Tolerance = Annotated[
     float, typer.Option("--tolerance", help="With --baseline: share by which a measure may be above.")
@@ -59,7 +58,7 @@ def gate(
     dtype: Dtype = "auto",
 ) -> None:
     """CI verdict on a directory: signature, then measures. Exit 0: pass, 1: violated, 5: signature invalid."""
-    check_report_file(report)
+    check_report_file(report, directory)
     page = page_of(html, policy, reveal=reveal, device=device, outside=[directory])
     from memscrub.jobs.gating import gate as run
 
@@ -81,7 +80,7 @@ def gate(
         lines.report(gated.report)
         deliver(gated.report, report, as_json=json, quiet=quiet, page=page)
         if gated.verification is not None and not quiet:
-            say(f"signature good: key {gated.verification.key_id}")
+            say(f"signature good: key sha256:{gated.verification.key_id}")
         remark = remarks(quiet, lines)
         for sentence in gated.remarks:
             remark(sentence)

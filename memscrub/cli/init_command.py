@@ -5,7 +5,7 @@ line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,11 +13,11 @@ from memscrub.cli.output import say
 from memscrub.errors import UsageError
 
 Corpus = Annotated[
-    Optional[list[Path]],  # noqa: UP045
+    list[Path] | None,
     typer.Option("--from-corpus", help="Propose personal data found in this file (memscrub[pii]); may be repeated."),
 ]
 Kinds = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--kind", help="With --from-corpus: only this kind, such as email or phone; may be repeated."),
 ]
 # The class that proposals are of: the shipped policies for personal data have it.
@@ -35,7 +35,7 @@ def init(
         float, typer.Option("--threshold", help="With --from-corpus: least score of a finding.", min=0, max=1)
     ] = 0.4,
 ) -> None:
-    """Write a policy, an example list of protected texts and a retain sample to start from."""
+    """Write a policy, example texts and ordinary text to start from."""
     from memscrub.policy.init_files import write_starter
 
     if not from_corpus:

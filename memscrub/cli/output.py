@@ -5,7 +5,6 @@ Part of the command line; decides nothing.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from memscrub.cli.page_output import Page, write_page
-from memscrub.errors import UsageError
+from memscrub.storage.output_file import check_place, write_output
+from memscrub.storage.partial import refuse_overlap
 
 if TYPE_CHECKING:
     from memscrub.jobs.scrub import Fixed
@@ -67,23 +67,16 @@ def deliver(report: Report, file: Path | None, *, as_json: bool, quiet: bool, pa
 
 def write_report(report: Report, file: Path) -> None:
     """Write the JSON report; another run's at the same place is replaced whole, never mixed with it."""
-    from memscrub.storage.files import replacing
-    from memscrub.storage.partial import disk_errors
-
-    with disk_errors(file):
-        if file.exists() and not file.is_file():  # a pipe or device is written to, never replaced
-            file.write_text(report.to_json(), encoding="utf-8")
-            return
-        with replacing(Path(os.path.realpath(file))) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.write(report.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+    write_output(file, report.to_json().encode("utf-8"))
 
 
-def check_report_file(file: Path | None) -> None:
-    """A report that cannot be written should be known before an hour of work."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise UsageError(f"{file}: the report cannot be written there; name a file in a folder that exists.")
+def check_report_file(file: Path | None, *outside: str | Path | None) -> None:
+    """A report that cannot be written, or not without changing these directories, is known before an hour of work."""
+    if file is not None:
+        check_place(file, "the report")
+        for directory in outside:
+            if directory is not None:
+                refuse_overlap(file, Path(directory))
 
 
 def say(sentence: str) -> None:

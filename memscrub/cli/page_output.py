@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memscrub.errors import OutputError, UsageError
+from memscrub.storage.output_file import check_place, lies_in, write_output
 
 if TYPE_CHECKING:
     from memscrub.jobs.foreign_lists import ForeignSource
@@ -44,10 +44,9 @@ def page_of(
         if reveal:
             raise UsageError("--reveal shows protected texts in a page and nowhere else; name the page with --html.")
         return None
-    if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(f"{file}: the page cannot be written there; name a file in a folder that exists.")
+    check_place(file, "the page")
     for directory in outside:
-        if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory)):
+        if lies_in(file, directory):
             raise OutputError(f"{file} lies in {directory}, and a page tells more than may go with the weights.")
     return Page(file, policy, reveal, device, foreign)
 
@@ -55,8 +54,6 @@ def page_of(
 def write_page(report: Report, page: Page, progress: Progress) -> None:
     """Render the report and put it in its place, whole; a page that shows texts can be read by its owner only."""
     from memscrub.faces.html_report import render
-    from memscrub.storage.files import replacing
-    from memscrub.storage.partial import disk_errors
 
     views = None
     # A gate that trusts signed measures loads no model for a page either.
@@ -66,10 +63,4 @@ def write_page(report: Report, page: Page, progress: Progress) -> None:
         views = token_views(
             report, page.policy, reveal=page.reveal, foreign=page.foreign, device=page.device, progress=progress
         )
-    data = render(report, texts=views).encode("utf-8")
-    with disk_errors(page.file):
-        if page.file.exists() and not page.file.is_file():  # a pipe or device is written to, never replaced
-            page.file.write_bytes(data)
-            return
-        with replacing(Path(os.path.realpath(page.file)), private=page.reveal) as temporary:
-            temporary.write_bytes(data)
+    write_output(page.file, render(report, texts=views).encode("utf-8"), private=page.reveal)

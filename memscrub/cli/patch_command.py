@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memscrub.cli.options import Device, Directory, Quiet, ReportFile, Seed, passphrase
+from memscrub.cli.options import Device, Directory, OutDirectory, Quiet, ReportFile, Seed, passphrase
 from memscrub.cli.output import check_report_file, deliver, progress_shown, say, say_written
 from memscrub.errors import ArchitectureError, UsageError
 
@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint before the edit: directory or hub id.")]
 Scrubbed = Annotated[Path, typer.Argument(metavar="SCRUBBED", help="The directory that `memscrub fix` wrote.")]
 Patch = Annotated[Path, typer.Argument(metavar="PATCH", help="The patch that `memscrub diff` or `fix` wrote.")]
-PatchOut = Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the patch to this file.")]  # noqa: UP045
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist yet.")]
+PatchOut = Annotated[Path | None, typer.Option("--out", "-o", help="Write the patch to this file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of sentences.")]
 Anew = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--policy", "-p", help="On another base: solve anew by this policy (TOML), as `memscrub fix`."),
 ]
-Sign = Annotated[Optional[Path], typer.Option("--sign", help="With --policy: private key (PEM) to sign with.")]  # noqa: UP045
+Sign = Annotated[Path | None, typer.Option("--sign", help="With --policy: private key (PEM) to sign with.")]
 
 
 def diff(
@@ -45,7 +44,7 @@ def diff(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Which tensors two checkpoints differ in, and how much; with --out, as a patch that leads there and back."""
+    """Say where two checkpoints differ, and by how much. With --out, as a patch that leads there and back."""
     from memscrub.storage.checkpoint import open_checkpoint
     from memscrub.storage.patch_files import write_patch
 
@@ -67,7 +66,7 @@ def diff(
 def apply(
     base: Base,
     patch: Patch,
-    out: Out,
+    out: OutDirectory,
     policy: Anew = None,
     sign: Sign = None,
     overwrite: Overwrite = False,
@@ -77,7 +76,7 @@ def apply(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Make the edit again: byte for byte on the same base, anew with --policy on another. Exit 0; 4: out of reach."""
+    """Make an edit again from its patch. Anew with --policy where the base is another. Exit 0; 4: out of reach."""
     from memscrub.policy.document import load_policy
     from memscrub.storage.checkpoint import open_checkpoint
     from memscrub.storage.patch import open_patch
@@ -85,7 +84,7 @@ def apply(
 
     if policy is None and (sign is not None or report is not None):
         raise UsageError("--sign and --report need --policy: without it nothing is measured, so nothing is attested.")
-    check_report_file(report)
+    check_report_file(report, base, out)
     opened, found = open_patch(patch), open_checkpoint(base)
     loaded = None if policy is None else load_policy(policy)
     problem = None if loaded is None else mismatch(found, opened, "before")
@@ -112,12 +111,12 @@ def apply(
 def revert(
     directory: Directory,
     patch: Patch,
-    out: Out,
+    out: OutDirectory,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give back the checkpoint as it was before the edit, byte for byte; with it comes back what was edited out."""
+    """Give back the checkpoint as it was before the edit. With it comes back what was edited out."""
     from memscrub.storage.checkpoint import open_checkpoint
     from memscrub.storage.patch import open_patch
     from memscrub.storage.patch_files import revert_patch

@@ -27,10 +27,10 @@ class Action(str, Enum):
 
 def policy(
     action: Annotated[Action, typer.Argument(help="check: the policy, its lists and its waivers.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policies (TOML).")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Policies (TOML).")],
     quiet: Quiet = False,
 ) -> None:
-    """Check policies, their lists and their waivers, without a model. Exit 0: all are sound, 2: one is not."""
+    """Check policies, their lists and waivers, without a model. Exit 0: all are sound, 2: one is not."""
     from memscrub.jobs.policy_check import check_policy
 
     sound = True
@@ -52,8 +52,13 @@ def policy(
 def _summary(found: PolicyCheck) -> str:
     """Counts in one line."""
     texts = ", ".join(f"{name} {count}" for name, count in found.texts.items())
-    parts = [f"{sum(found.texts.values())} protected texts ({texts})", f"{found.controls} controls"]
+    count = sum(found.texts.values())
+    parts = [
+        f"{count} protected text{'s' * (count != 1)} ({texts})",
+        f"{found.controls} control{'s' * (found.controls != 1)}",
+    ]
     if found.waivers:
         next_end = min(waiver.expires for waiver in found.waivers)
-        parts.append(f"{len(found.waivers)} waivers, the next expires on {next_end}")
+        many = f"{len(found.waivers)} waivers, the next" if len(found.waivers) > 1 else "1 waiver, which"
+        parts.append(f"{many} expires on {next_end}")
     return "ok, " + ", ".join(parts)

@@ -5,21 +5,18 @@ Part of the command line. Heavy modules are imported inside them, so that `memsc
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memscrub.cli.options import Checkpoint, Quiet
+from memscrub.cli.options import Checkpoint, OutDirectory, Overwrite, Quiet
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint that the adapter was trained on.")]
 AdapterDirectory = Annotated[str, typer.Option("--adapter", help="The LoRA adapter: directory or hub id.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist yet.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory.")]
 
 
-def dequantize(checkpoint: Checkpoint, out: Out, overwrite: Overwrite = False, quiet: Quiet = False) -> None:
-    """Write a quantized checkpoint (fp8, mxfp4, compressed-tensors) out in full, for all other commands to read."""
+def dequantize(checkpoint: Checkpoint, out: OutDirectory, overwrite: Overwrite = False, quiet: Quiet = False) -> None:
+    """Write a quantized checkpoint out in full. From fp8, mxfp4 or compressed-tensors, for all other commands."""
     from memscrub.storage.checkpoint import open_checkpoint
     from memscrub.storage.dequantize import dequantize as run
 
@@ -36,8 +33,10 @@ def dequantize(checkpoint: Checkpoint, out: Out, overwrite: Overwrite = False, q
     typer.echo("its weights are those of the quantized checkpoint, not those of the original it was made from")
 
 
-def merge(base: Base, adapter: AdapterDirectory, out: Out, overwrite: Overwrite = False, quiet: Quiet = False) -> None:
-    """Write a checkpoint with a LoRA adapter added to its weights, for `fix` and all other commands."""
+def merge(
+    base: Base, adapter: AdapterDirectory, out: OutDirectory, overwrite: Overwrite = False, quiet: Quiet = False
+) -> None:
+    """Write a checkpoint with a LoRA adapter added to its weights. `fix` and all other commands read it."""
     from memscrub.models.merging import merge as run
     from memscrub.storage.adapters import open_adapter
     from memscrub.storage.checkpoint import open_checkpoint

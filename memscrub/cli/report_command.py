@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,7 @@ from memscrub.cli.options import Device, PublicKey, Quiet
 from memscrub.cli.output import check_report_file, progress_shown, say
 from memscrub.cli.page_output import page_of, write_page
 from memscrub.errors import MemscrubError, UsageError
+from memscrub.storage.output_file import write_output
 
 if TYPE_CHECKING:
     from memscrub.reports.report import Report
@@ -29,21 +30,19 @@ _SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 Source = Annotated[
     Path, typer.Argument(metavar="FILE_OR_DIR", help="A JSON report, or a written directory that holds one.")
 ]
-Html = Annotated[Optional[Path], typer.Option("--html", help="Write one self-contained page for people.")]  # noqa: UP045
-JUnit = Annotated[Optional[Path], typer.Option("--junit", help="Write JUnit XML, for CI systems.")]  # noqa: UP045
-Sarif = Annotated[Optional[Path], typer.Option("--sarif", help="Write SARIF 2.1.0, for code scanning.")]  # noqa: UP045
-Markdown = Annotated[Optional[Path], typer.Option("--markdown", help="Write Markdown.")]  # noqa: UP045
+Html = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page for people.")]
+JUnit = Annotated[Path | None, typer.Option("--junit", help="Write JUnit XML, for CI systems.")]
+Sarif = Annotated[Path | None, typer.Option("--sarif", help="Write SARIF 2.1.0, for code scanning.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", help="Write Markdown.")]
 ModelCard = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--model-card", help="Put a section into this README.md, in place of an earlier one."),
+    Path | None, typer.Option("--model-card", help="Put a section into this README.md, in place of an earlier one.")
 ]
 StepSummary = Annotated[
     bool, typer.Option("--step-summary", help="Append Markdown to the summary of this GitHub Actions step.")
 ]
 GitHub = Annotated[bool, typer.Option("--github", help="--step-summary, and annotations on the lines of the list.")]
 PolicyNow = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--policy", "-p", help="Where the policy lies now: lists are looked for from its folder."),
+    Path | None, typer.Option("--policy", "-p", help="Where the policy lies now: lists are looked for from its folder.")
 ]
 Reveal = Annotated[bool, typer.Option("--reveal", help="With --html and --policy: show the protected texts.")]
 Strips = Annotated[bool, typer.Option("--strips", help="With --html and --policy: mark every token, masked.")]
@@ -76,7 +75,7 @@ def report(
     page = page_of(html, policy if strips or reveal else None, reveal=reveal, device=device, outside=outside)
     summary = _summary_file() if step_summary or github else None
     with _told(junit, sarif):
-        found = _stated(source, path, key)
+        found = _stated(source, path, key, quiet=quiet)
     code = _exit_code(found) if exit_code else 0
     _write_faces(found, junit, sarif, markdown, model_card, policy)
     if page is not None:
@@ -149,11 +148,11 @@ def _told(junit: Path | None, sarif: Path | None) -> Iterator[None]:
         message = printable(str(error))
         for file, render in ((junit, junit_face.render_error), (sarif, sarif_face.render_error)):
             if file is not None:
-                _write(file, render(message))
+                write_output(file, render(message))
         raise
 
 
-def _stated(source: Path, path: Path, key: Path | None) -> Report:
+def _stated(source: Path, path: Path, key: Path | None, *, quiet: bool) -> Report:
     """The report as stored, made printable; with a key its signature was good."""
     from memscrub.errors import SignatureInvalidError
     from memscrub.faces.escaping import printable
@@ -167,7 +166,7 @@ def _stated(source: Path, path: Path, key: Path | None) -> Report:
         verified = verify_directory(source, key)
         if REPORT_NAME not in verified.files:
             raise SignatureInvalidError(f"{path}: the signature does not cover the report.")
-    elif source.is_dir():
+    elif source.is_dir() and not quiet:
         say("signature not checked: the report is shown as it is stated; --key FILE checks it.")
     return printable(load_report(path))
 
@@ -194,19 +193,19 @@ def _write_faces(
     if junit is not None:
         from memscrub.faces import junit as junit_face
 
-        _write(junit, junit_face.render(found, policy=policy))
+        write_output(junit, junit_face.render(found, policy=policy))
     if sarif is not None:
         from memscrub.faces import sarif as sarif_face
 
-        _write(sarif, sarif_face.render(found, policy=policy))
+        write_output(sarif, sarif_face.render(found, policy=policy))
     if markdown is not None:
         from memscrub.faces import markdown as markdown_face
 
-        _write(markdown, markdown_face.render(found).encode("utf-8"))
+        write_output(markdown, markdown_face.render(found).encode("utf-8"))
     if model_card is not None:
         from memscrub.faces.model_card import updated
 
-        _write(model_card, updated(_card(model_card), found, model_card).encode("utf-8"))
+        write_output(model_card, updated(_card(model_card), found, model_card).encode("utf-8"))
 
 
 def _card(path: Path) -> str:
@@ -233,18 +232,6 @@ def _append_summary(found: Report, path: Path) -> None:
             file.write(text)
     if not text:
         say(f"the step's summary is full ({taken} bytes of {MAX_BYTES}): the report was not added to it.")
-
-
-def _write(path: Path, data: bytes) -> None:
-    from memscrub.storage.files import replacing
-    from memscrub.storage.partial import disk_errors
-
-    with disk_errors(path):
-        if path.exists() and not path.is_file():  # a pipe, /dev/stdout
-            path.write_bytes(data)
-        else:
-            with replacing(Path(os.path.realpath(path))) as temporary:
-                temporary.write_bytes(data)
 
 
 @contextmanager

@@ -5,13 +5,13 @@ Heavy modules are imported inside it, so that `memscrub --help` does not load to
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from memscrub.cli.options import (
+    AdapterName,
     AsJson,
     Checkpoint,
     Device,
@@ -29,40 +29,31 @@ from memscrub.cli.page_output import page_of
 from memscrub.errors import OutputError, UsageError
 from memscrub.journals.interrupts import finished, going_on
 from memscrub.journals.run_log import RunLog
+from memscrub.storage.output_file import check_place, lies_in
 
 if TYPE_CHECKING:
     from memscrub.jobs.foreign_lists import ForeignSource
 
 AlsoNames = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--also", help="Also membership, prefix-sweep, exposure, near-mass or alignment; may be repeated."),
 ]
-Format = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--format", help="Format of --list: lm-extraction, mempi or hf."),
-]
+Format = Annotated[str | None, typer.Option("--format", help="Format of --list: lm-extraction, mempi or hf.")]
 ListFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--list", help="A list in another format, in place of the policy's files."),
+    Path | None, typer.Option("--list", help="A list in another format, in place of the policy's files.")
 ]
-ListClass = Annotated[Optional[str], typer.Option("--list-class", help="The class whose limits apply to --list.")]  # noqa: UP045
-Split = Annotated[Optional[str], typer.Option("--split", help="With --list: the split to read.")]  # noqa: UP045
+ListClass = Annotated[str | None, typer.Option("--list-class", help="The class whose limits apply to --list.")]
+Split = Annotated[str | None, typer.Option("--split", help="With --list: the split to read.")]
 TextColumn = Annotated[str, typer.Option("--text-column", help="With --format hf: column of the texts.")]
 PrefixColumn = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--prefix-column", help="With --format hf: column of what is given before them."),
+    str | None, typer.Option("--prefix-column", help="With --format hf: column of what is given before them.")
 ]
 SuffixColumn = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--suffix-column", help="With --format hf: column that is appended to them."),
+    str | None, typer.Option("--suffix-column", help="With --format hf: column that is appended to them.")
 ]
 JournalFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--journal", help="Keep what is measured here, to go on from; by default beside --report."),
-]
-AdapterName = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--adapter", help="A LoRA adapter (directory or hub id) to add to CKPT in memory first."),
 ]
 
 
@@ -90,14 +81,14 @@ def scan(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure what a checkpoint gives away of the policy's texts. Exit 0: within the policy, 1: not."""
-    check_report_file(report)
+    check_report_file(report, checkpoint, adapter)
     measures = _measures(also or [])
     from memscrub.jobs.scanning import scan as run
 
     foreign = _foreign(format, list_file, list_class, split, text_column, prefix_column, suffix_column)
     page = page_of(html, policy, reveal=reveal, device=device, foreign=foreign, outside=[checkpoint])
     kept = _journal(journal, report, checkpoint)
-    with RunLog(log, "scan", outside=[checkpoint]) as lines:
+    with RunLog(log, "scan", outside=[each for each in (checkpoint, adapter) if each]) as lines:
         with going_on(kept), progress_shown(quiet, lines) as progress:
             found = run(
                 checkpoint,
@@ -124,9 +115,8 @@ def _journal(journal: Path | None, report: Path | None, checkpoint: str) -> Path
     from memscrub.journals.run_journal import journal_file
 
     if journal is not None:
-        if journal.is_dir() or not journal.parent.is_dir():
-            raise UsageError(f"{journal}: the journal cannot be written there; name a file in a folder that exists.")
-        if Path(os.path.realpath(journal)).is_relative_to(os.path.realpath(checkpoint)):
+        check_place(journal, "the journal")
+        if lies_in(journal, checkpoint):
             raise OutputError(f"{journal} lies in {checkpoint}, which is never written; keep the journal elsewhere.")
         return journal
     if report is None or (report.exists() and not report.is_file()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,29 +20,23 @@ if TYPE_CHECKING:
     from memscrub.proof.signing import Verification, Verifier
 
 KeyId = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--key-id", metavar="ID", help="The key must have this id (sha256:...), as `keygen` shows it."),
 ]
 Base = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--base", metavar="CKPT", help="The checkpoint before the edit: only what the report states differs."),
 ]
-Patch = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--patch", help="This file must be the patch that the statement names."),
-]
+Patch = Annotated[Path | None, typer.Option("--patch", help="This file must be the patch that the statement names.")]
 Sigstore = Annotated[bool, typer.Option("--sigstore", help="Verify a signature of Sigstore instead of a key's.")]
 Identity = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--identity", help="With --sigstore: who must have signed, an e-mail or a workflow's URL."),
+    str | None, typer.Option("--identity", help="With --sigstore: who must have signed, an e-mail or a workflow's URL.")
 ]
 Issuer = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--issuer", help="With --sigstore: the URL of who vouched for that identity."),
+    str | None, typer.Option("--issuer", help="With --sigstore: the URL of who vouched for that identity.")
 ]
 TrustConfig = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--trust-config", help="With --sigstore: roots of trust of another instance (JSON)."),
+    Path | None, typer.Option("--trust-config", help="With --sigstore: roots of trust of another instance (JSON).")
 ]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="With --base and no key: check the edit, no signature.")]
 Encrypt = Annotated[bool, typer.Option("--encrypt", help="Ask for a passphrase, where MEMSCRUB_KEY_PASSWORD has none.")]
@@ -61,7 +55,7 @@ def verify(
     unsigned: Unsigned = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check signature, digests and file list, offline; with --base also the edit itself. Exit 0: good, 5: not."""
+    """Check signature, digests and file list, offline. With --base also the edit itself. Exit 0: good, 5: not."""
     from memscrub.proof.signing import verify_directory
 
     signed_by = _signed_by(key, sigstore, identity, issuer, trust_config)
@@ -145,7 +139,7 @@ def keygen(
     kind: Annotated[str, typer.Option("--kind", help="ec-p256 or ed25519.")] = "ec-p256",
     encrypt: Encrypt = False,
 ) -> None:
-    """Make a key pair for signing; --encrypt or MEMSCRUB_KEY_PASSWORD protects the private key."""
+    """Make a key pair for signing. --encrypt or MEMSCRUB_KEY_PASSWORD protects the private key."""
     from memscrub.proof.keys import PASSWORD_VARIABLE, generate_keypair
 
     if kind not in ("ec-p256", "ed25519"):

@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 # An underscore between letters is no markup.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))")
+# What begins a list or a heading.
+_BEGINNING = re.compile(r"^(\d*)([#+=.)-])")
 _TITLES = 1024
 
 
@@ -49,13 +51,17 @@ def _written_out(text: str) -> str:
 def markdown(text: str) -> str:
     """Printable text as Markdown that shows exactly these characters: no markup, HTML, link, table cell or mention.
 
-    For the middle of a line: what begins a list or a heading is not escaped.
+    Anywhere in a line: nothing begins a list, a heading or a block of code.
     """
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKDOWN.sub(r"\\\1", text)
     # Bare addresses become links in GitHub's dialect.
     text = re.sub(r"(?i)\b(https?|ftp|mailto|xmpp):", r"\1\\:", text)
-    return re.sub(r"(?i)\bwww\.", r"www\\.", text)
+    text = re.sub(r"(?i)\b(www)\.", r"\1\\.", text)
+    # GitHub looks for people and addresses in what is shown, after escapes are gone: a comment parts them.
+    text = text.replace("@", "@<!-- -->")
+    begun = text.lstrip(" ")
+    return "&#32;" * (len(text) - len(begun)) + _BEGINNING.sub(r"\1\\\2", begun)
 
 
 def sarif(text: str) -> str:

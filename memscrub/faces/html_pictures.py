@@ -149,8 +149,10 @@ def edit_map(edit: EditRecord | None) -> EditMap | None:
     return EditMap(panels, scale, len(tensors) - len(chosen))
 
 
-def _place(name: str) -> tuple[str, list[int], str]:
-    return _kind(name), [int(digits) for digits in re.findall(r"\d+", name)], name
+def _place(name: str) -> tuple[str, list[tuple[int, str]], str]:
+    # Numbers by their length, then as text: one without end is no number to Python.
+    numbers = [digits.lstrip("0") for digits in re.findall(r"\d+", name)]
+    return _kind(name), [(len(digits), digits) for digits in numbers], name
 
 
 def _kind(name: str) -> str:
@@ -188,7 +190,9 @@ def _panel(title: str, tensors: Sequence[TensorRecord], most: float) -> Panel:
 
 def _level(value: float, most: float) -> int:
     """The strength of a cell; -1 where nothing changed. By square roots: most of an edit is in few places."""
-    return min(LEVELS - 1, int(LEVELS * math.sqrt(value / most))) if value > 0 else -1
+    if value <= 0:
+        return -1
+    return int(LEVELS * math.sqrt(value / most)) if value < most else LEVELS - 1
 
 
 def _runs(levels: Sequence[int]) -> list[tuple[int, int, int]]:

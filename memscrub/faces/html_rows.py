@@ -6,7 +6,7 @@ Ten thousand texts go into one page, so a row is a list, and what texts share (c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from memscrub.faces.html_tokens import MARGINS, PROBABILITIES, TokenView, probability
@@ -26,24 +26,29 @@ FIELDS = (
 
 def row_data(report: Report) -> dict[str, Any]:
     """Everything the table of texts needs: names, and one list of values per text in the order of `FIELDS`."""
-    classes = list(dict.fromkeys(text.class_name for text in report.texts))
-    limits = list(dict.fromkeys(each.limit for text in report.texts for each in text.judgement.findings))
+    classes = _numbered(text.class_name for text in report.texts)
+    limits = _numbered(each.limit for text in report.texts for each in text.judgement.findings)
     return {
         "fields": FIELDS,
-        "classes": classes,
-        "limits": limits,
+        "classes": list(classes),
+        "limits": list(limits),
         "standings": STANDINGS,
         "fixed": any(text.after is not None for text in report.texts),
         "rows": [_row(text, classes, limits) for text in report.texts],
     }
 
 
-def _row(text: TextRecord, classes: Sequence[str], limits: Sequence[str]) -> list[Any]:
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """Each name once, with its place."""
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def _row(text: TextRecord, classes: Mapping[str, int], limits: Mapping[str, int]) -> list[Any]:
     now, before = text.latest, text.before if text.after is not None else None
     was = None if text.after is None else STANDINGS.index(text.before_judgement.status.value)
     return [
         text.id,
-        classes.index(text.class_name),
+        classes[text.class_name],
         was,
         STANDINGS.index(standing(text)),
         used(text.judgement),
@@ -90,12 +95,12 @@ def share(measured: float, allowed: float) -> float:
     return math.inf if measured > 0 else 0.0
 
 
-def _findings(text: TextRecord, limits: Sequence[str]) -> list[list[Any]]:
+def _findings(text: TextRecord, limits: Mapping[str, int]) -> list[list[Any]]:
     """Per limit: which, allowed, measured now, does it hold; and before the edit, where there was one."""
     before = {each.limit: each for each in text.before_judgement.findings} if text.after_judgement is not None else {}
     rows = []
     for each in text.judgement.findings:
-        row = [limits.index(each.limit), _rounded(each.allowed), _rounded(each.measured), int(each.holds)]
+        row = [limits[each.limit], _rounded(each.allowed), _rounded(each.measured), int(each.holds)]
         if (was := before.get(each.limit)) is not None:
             row += [_rounded(was.measured), int(was.holds)]
         rows.append(row)
@@ -113,7 +118,7 @@ def _remarks(text: TextRecord) -> list[str]:
     if now.extractable is not None:
         found.append(f"Classic prefix test: {'extractable' if now.extractable else 'not extractable'}.")
     if now.screened:
-        found.append("The similarity is an upper estimate; nothing was decoded.")
+        found.append("The similarity is in part an estimate; not every opening was decoded.")
     if text.samples_needed is not None:
         found.append(f"For an even chance that sampling gives it away: {_samples(text.samples_needed)}.")
     for limit in text.unattributed:

@@ -16,6 +16,7 @@ from memscrub.faces.html_tokens import probability
 from memscrub.reports.judgement import Finding, Judgement, Measures, Status
 from memscrub.reports.locality_limits import broken_distance, limit_of
 from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.standing import Ordinary, broken_locality
 from memscrub.reports.summary import by_class, log_probability
 from memscrub.reports.verdict import Outcome
 
@@ -35,6 +36,7 @@ MEANINGS = {
     "max_perplexity_ratio": "perplexity after over before",
     "min_agreement": "same likeliest token as the original",
     "min_neighbours_kept": "tokens still known of related, unprotected texts",
+    "max_degenerate": "rise in the share of ordinary prompts that end early or degenerate, where above chance",
 }
 
 
@@ -116,7 +118,7 @@ def lead(report: Report, limits: Sequence[LimitRow]) -> Lead:
         before = sum(text.before_judgement.status is Status.WITHIN for text in report.texts)
         sentences = [f"{sentences[0]} Before the edit, {before:,} {'was' if before == 1 else 'were'} within them."]
     if report.locality is not None:
-        broken = len(broken_distance(report.locality, report.locality))
+        broken = broken_locality(Ordinary(report.locality, report.neighbours, report.benign))
         how = "keeps its limits" if not broken else "does not keep its limits"
         sentences.append(
             f"On ordinary text the model {how}: its predictions moved by a KL divergence of"
@@ -192,6 +194,11 @@ def _ordinary_limits(report: Report) -> Iterator[LimitRow]:
         yield LimitRow(
             scope, name, MEANINGS[name], number(kept.min_kept), None, number(part), part >= kept.min_kept, None
         )
+    said = report.benign
+    if said is not None and said.prompts > 0:
+        rise = max(said.degenerate_after - said.degenerate_before, said.ended_after - said.ended_before) / said.prompts
+        name, holds = "max_degenerate", not broken_locality(Ordinary(None, None, said))
+        yield LimitRow(scope, name, MEANINGS[name], number(said.max_degenerate), None, number(rise), holds, None)
 
 
 def class_rows(report: Report) -> tuple[ClassRow, ...]:

@@ -179,8 +179,10 @@ def _metrics(
     def compute() -> list[Metric]:
         if inputs.loaded.lean is None:
             return measure_disturbance(inputs.loaded, sites, rows, seed=inputs.seed, progress=told)
-        folder = scratch / str(len(list(scratch.iterdir())))
-        return measure_by_block(inputs.loaded, sites, rows, folder, seed=inputs.seed, progress=told)
+        earlier = list(scratch.iterdir())
+        taken = sum(file.stat().st_size for folder in earlier for file in folder.iterdir())
+        folder = scratch / str(len(earlier))
+        return measure_by_block(inputs.loaded, sites, rows, folder, seed=inputs.seed, beside=taken, progress=told)
 
     if file is None:
         return compute()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memscrub.errors import UntrustedMeasuresError, UsageError
+from memscrub.errors import UntrustedMeasuresError, UsageError, printable
 from memscrub.policy.document import Policy, load_policy
 from memscrub.policy.sections import Locality
 from memscrub.proof.signing import Verification, verify_directory
@@ -87,8 +87,8 @@ def gate(
         report = _measured(directory, rules, Run(device, dtype, seed), progress)
     ordinary, more = _signed_ordinary(Path(directory), stated, verification, rules.locality)
     report = _decided(report, rules, ordinary, earlier)
-    if report.baseline is not None:
-        remarks += baseline_remarks(report.baseline, rules.digest)
+    if report.baseline is not None and earlier is not None:
+        remarks += baseline_remarks(report.baseline, rules.digest, alike=earlier.measured_alike(report.basis))
     return Gated(report, verification, (*remarks, *more, *_of_waivers(report)))
 
 
@@ -103,7 +103,7 @@ def _measured(directory: str | Path, policy: Policy, run: Run, progress: Progres
 
 def _decided(report: Report, policy: Policy, ordinary: Ordinary, baseline: Baseline | None) -> Report:
     """The report with its verdict, by the policy's limits, rates and waivers, and by what was known before."""
-    allowances = allowances_of(policy, known={} if baseline is None else baseline.known)
+    allowances = allowances_of(policy, known={} if baseline is None else baseline.known(report.basis))
     texts = judged(report.texts)
     report = replace(
         report,
@@ -122,7 +122,8 @@ def _of_trust(report: Report, policy: Policy) -> list[str]:
     assert trusted is not None
     other = "" if trusted.policy_sha256 == policy.digest else ", made under another version of the policy"
     said = [
-        f"measures taken from the signed report of {trusted.created} (memscrub {trusted.memscrub}){other};"
+        f"measures taken from the signed report of {printable(trusted.created)}"
+        f" (memscrub {printable(trusted.memscrub)}){other};"
         " --remeasure measures again."
     ]
     if missing := [name for name in policy.probe.also if name not in (report.depths.measures if report.depths else ())]:
@@ -135,6 +136,18 @@ def _of_waivers(report: Report) -> list[str]:
     return [f"the waiver of '{each.id}' was not needed." for each in unused]
 
 
+def _is_about(stated: Report, verification: Verification) -> bool:
+    """Whether the checkpoint whose distance a report states is the one that is signed beside it.
+
+    A model card may differ: it can be written between the report and the signature.
+    """
+    about, signed = (
+        {name: digest for name, digest in files.items() if name != REPORT_NAME and not name.endswith(".md")}
+        for files in ((stated.output or stated.input).files, verification.files)
+    )
+    return about == signed
+
+
 def _signed_ordinary(
     directory: Path, stated: Report | None, verification: Verification | None, limits: Locality
 ) -> tuple[Ordinary, Sequence[str]]:
@@ -144,6 +157,8 @@ def _signed_ordinary(
         return nothing, ["no memscrub report in the directory: locality was not judged."]
     if verification is None or stated is None:
         return nothing, ["no key given: signature not checked, and the report's locality not believed."]
+    if not _is_about(stated, verification):
+        return nothing, ["the report is about other files than those that are signed: its locality was not judged."]
     ordinary = Ordinary(stated.locality, stated.neighbours, stated.benign).under(limits)
     remarks = []
     if ordinary.locality is None:

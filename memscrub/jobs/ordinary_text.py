@@ -25,7 +25,8 @@ def retain_halves(inputs: Inputs) -> RetainHalves:
         inputs.texts,
         max_tokens=policy.locality.max_tokens,
     )
-    if not len(halves.solver) or not len(halves.judge):
+    # A row of one token predicts nothing.
+    if any(not len(half) or half.shape[1] < 2 for half in (halves.solver, halves.judge)):
         raise PolicyError(
             f"{policy.path}: the retain text is too short to be split into a half to solve with and a half to"
             " judge by; add ordinary text to the files that [locality] retain names."

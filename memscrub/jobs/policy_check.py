@@ -99,7 +99,8 @@ def _remarks(policy: Policy, protected: ProtectedList, short: tuple[str, ...], d
         rate = allowances_of(policy, day=day).rates.get(name)
         count, needed = counts[name], 0 if rate is None else rate.texts_needed
         if 0 < count < needed:
-            yield f"class {name} has {count} texts, and max_violation_rate cannot hold with fewer than {needed}"
+            some = f"{count} text{'s' * (count > 1)}"
+            yield f"class {name} has {some}, and max_violation_rate cannot hold with fewer than {needed}"
     if protected.duplicates:
         yield f"{_many(protected.duplicates)} dropped as duplicates"
     if short:

@@ -9,8 +9,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from memscrub.locality.benign import Benign
-from memscrub.locality.distance import Locality
 from memscrub.locality.utility import Score
 from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText
@@ -18,6 +16,7 @@ from memscrub.policy.document import Policy
 from memscrub.policy.sections import Locality as LocalityLimits
 from memscrub.reports.basis import report_key
 from memscrub.reports.judgement import Measures, judge
+from memscrub.reports.locality_limits import Benign, Locality
 from memscrub.reports.report import (
     BenignRecord,
     CheckpointRecord,
@@ -94,12 +93,7 @@ def text_records(
 def locality_record(measured: Locality, limits: LocalityLimits) -> LocalityRecord:
     """Measured locality beside its limits."""
     return LocalityRecord(
-        tokens=measured.tokens,
-        kl=measured.kl,
-        worst_kl=measured.worst_kl,
-        start_kl=measured.start_kl,
-        agreement=measured.agreement,
-        perplexity_ratio=measured.perplexity_ratio,
+        **vars(measured),
         max_kl=limits.max_kl,
         max_perplexity_ratio=limits.max_perplexity_ratio,
         min_agreement=limits.min_agreement,

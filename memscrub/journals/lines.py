@@ -25,6 +25,8 @@ from memscrub.storage.partial import disk_errors
 
 # Seconds of work that a power failure may cost. After a crash of the program alone nothing is missing.
 _SYNC_EVERY = 5.0
+# Bytes of a first line, by far more than one has: a file in the way may be of any size.
+_LONGEST_HEADER = 1 << 20
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
 
 Take = Callable[[bytes], None]
@@ -68,7 +70,7 @@ class JournalFile:
             try:
                 self._lock(self._file)
                 self._read(self._file)
-            except BaseException:
+            except BaseException:  # an interrupt too: the open file holds the lock
                 self._file.close()
                 raise
         return self
@@ -112,7 +114,7 @@ class JournalFile:
 
     def _read(self, file: IO[bytes]) -> None:
         """Take over what an earlier run wrote, up to the last whole line."""
-        first = file.readline()
+        first = file.readline(_LONGEST_HEADER)
         start = json.dumps({self._title: self._form})[:-2].encode()
         if not first.endswith(b"\n"):
             if first and not start.startswith(first[: len(start)]):

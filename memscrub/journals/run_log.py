@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from memscrub.errors import ExitCode, MemscrubError, OutputError, UsageError
-from memscrub.storage.partial import disk_errors
+from memscrub.errors import ExitCode, MemscrubError, OutputError
+from memscrub.storage.output_file import check_place, lies_in
+from memscrub.storage.partial import disk_errors, refuse_overlap
 
 if TYPE_CHECKING:
     from memscrub.reports.report import Report
@@ -43,11 +44,11 @@ class RunLog:
         self._stages: dict[str, tuple[float, float]] = {}  # when a stage began, and when it was last written of
         self._file: int | None = None
         if path is not None:
-            if path.is_dir() or not path.parent.is_dir():
-                raise UsageError(f"{path}: the log cannot be written there; name a file in a folder that exists.")
+            check_place(path, "the log")
             for folder in outside:
-                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+                if lies_in(path, folder):
                     raise OutputError(f"{path} lies in {folder}; keep the log in another folder.")
+                refuse_overlap(path, Path(folder))  # the files of a cache snapshot lie outside of it
 
     def __enter__(self) -> RunLog:
         if self.path is not None:

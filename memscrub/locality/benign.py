@@ -14,6 +14,7 @@ from torch import Tensor
 from memscrub.measures.continuation import Continuation, Opening, continue_greedily
 from memscrub.models.model import LoadedModel
 from memscrub.models.trace import weights_swapped
+from memscrub.reports.locality_limits import Benign
 
 PROMPTS = 32
 GIVEN = 32
@@ -41,27 +42,6 @@ class Talk:
         return self.empty or self.looping or self.repeated >= REPEATED
 
 
-@dataclass(frozen=True)
-class Benign:
-    """How many of the prompts each model ends early on, or degenerates on.
-
-    `newly_ended` and `newly_degenerate` count those where the original does not. `repeated_rise`: mean share of
-    repeated 4-grams beyond the original's. `agreement`: mean similarity of the two continuations, 1 where they are
-    the same.
-    """
-
-    prompts: int
-    degenerate_before: int
-    degenerate_after: int
-    newly_degenerate: int
-    ended_before: int
-    ended_after: int
-    newly_ended: int
-    empty_after: int
-    repeated_rise: float
-    agreement: float
-
-
 def benign_openings(loaded: LoadedModel, rows: Tensor, *, prompts: int = PROMPTS) -> list[Opening]:
     """Openings spread evenly over rows of ordinary text, each behind the prompt; fewer where there is less text."""
     given = min(GIVEN, max(1, rows.shape[1] // 2))
@@ -83,7 +63,6 @@ def compare_benign(
     originals: Mapping[str, Tensor],
     rows: Tensor,
     *,
-    prompts: int = PROMPTS,
     batch_tokens: int = 8192,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Benign | None:
@@ -92,7 +71,7 @@ def compare_benign(
     None where the text is too short to open anything. Both run in the same batches, so an unedited model says the
     same.
     """
-    starts = benign_openings(loaded, rows, prompts=prompts)
+    starts = benign_openings(loaded, rows)
     if not starts:
         return None
     with weights_swapped(loaded, originals):

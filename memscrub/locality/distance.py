@@ -19,39 +19,13 @@ from memscrub.errors import NumericalError
 from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText, batches, blocks, prompted
 from memscrub.models.trace import weights_swapped
-from memscrub.reports.locality_limits import DistanceLimits, broken_distance
+from memscrub.reports.locality_limits import Locality
 from memscrub.texts.protected import Document
 
 # A retain text that shares this many tokens running with a protected one would ask to keep what must go.
 OVERLAP = 16
 # "The start of a text" is this many tokens.
 START = 64
-
-
-@dataclass(frozen=True)
-class Locality:
-    """Distance of an edited model from the original on retain text, per predicted token.
-
-    `kl`: mean KL(original || edited) in nats, `worst_kl`: the same for the worst block of text;
-    `agreement`: share of positions with the same likeliest token; `perplexity_ratio`: edited over original.
-    These read the retain text as a running stream, as in training. `start_kl` is the mean KL over the first
-    `START` tokens when each row stands at the beginning of a text instead, where memorized texts begin too.
-    """
-
-    tokens: int
-    kl: float
-    worst_kl: float
-    start_kl: float
-    agreement: float
-    perplexity_ratio: float
-
-
-def within(locality: Locality, limits: DistanceLimits) -> list[str]:
-    """One sentence for each limit on retain text that is broken; empty when all hold.
-
-    The same sentences that the report on the written bytes gives, so that an edit can be judged while it works.
-    """
-    return broken_distance(locality, limits)
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,8 @@ def split_retain(
     """The first half of every retain file solves, the second judges; `statistics` is text for solving only.
 
     Halves of files, not alternating texts: neighbouring paragraphs of one document would make the judge's half
-    too easy. A document is in one half only; when a file is a single document it is cut in the middle.
+    too easy. A document is in one half only; when a file is a single document it is cut in the middle. What judges is
+    left out of `statistics`, should the same text be named there too.
     """
     solver, judge = [], []
     for _, group in groupby(retain, key=lambda document: document.file):
@@ -87,6 +62,8 @@ def split_retain(
         judge += second
     seen = {document.text for document in solver}
     judge = [document for document in judge if document.text not in seen]
+    held_out = {document.text for document in judge} | {(document.file, document.line) for document in judge}
+    statistics = [each for each in statistics if not held_out & {each.text, (each.file, each.line)}]
     protected = _ngrams(texts)
     kept_judge, dropped_judge = _without_overlap(blocks(loaded, judge, limit=max_tokens), protected)
     own = blocks(loaded, solver, limit=max_tokens)
@@ -120,7 +97,7 @@ def compare(
         each = (before.exp() * (before - after)).sum(-1)
         start += float(each.double().sum())
         starts += each.numel()
-    if not math.isfinite(kl) or not math.isfinite(nll):
+    if not math.isfinite(kl + nll + start):
         raise NumericalError("the edited model's output is not finite on retain text; the edit was rolled back.")
     return Locality(
         tokens=count,

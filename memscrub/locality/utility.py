@@ -49,7 +49,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     Raises UsageError when lm-eval is not installed, when a task file is missing, or when lm-eval does not know a task.
     """
     if any(importlib.util.find_spec(name) is None for name in _NEEDED):
-        raise UsageError("utility tasks need lm-eval, which is not installed; run: pip install 'memscrub[lm-eval]'")
+        raise UsageError("utility tasks need lm-eval, which is not installed; run pip install 'memscrub[lm-eval]'.")
     for task in tasks:
         if _is_file(task) and not Path(task).is_file():
             raise UsageError(f"{task}: there is no such task file; name a YAML file that exists or a task of lm-eval.")

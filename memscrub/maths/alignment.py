@@ -34,19 +34,8 @@ class Closeness:
     common_characters: int
     covered: float
 
-    @property
-    def similarity(self) -> float:
-        """The higher of the two similarities, as `near_verbatim` is judged by."""
-        return max(self.token_similarity, self.character_similarity)
 
-
-def closeness(
-    said: Sequence[int],
-    truth: Sequence[int],
-    decode: Callable[[Sequence[int]], str],
-    *,
-    smallest_block: int = SMALLEST_BLOCK,
-) -> Closeness:
+def closeness(said: Sequence[int], truth: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Closeness:
     """All measures of what was said against the truth, both token ids; `decode` turns ids into text."""
     said_text, true_text = decode(said), decode(truth)
     return Closeness(
@@ -54,7 +43,7 @@ def closeness(
         character_similarity=Levenshtein.normalized_similarity(said_text, true_text),
         common_tokens=longest_common_substring(said, truth),
         common_characters=longest_common_substring(said_text, true_text),
-        covered=covered_tokens(said, truth, smallest_block) / max(1, len(truth)),
+        covered=covered_tokens(said, truth) / max(1, len(truth)),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from memscrub.errors import NumericalError, UsageError
 
@@ -38,9 +38,9 @@ def samples_needed(log_probability: float, chance: float) -> float:
     return max(1.0, float(math.ceil(math.exp(log_samples) * (1 - _ROUNDING))))
 
 
-def samples_for_chances(log_probability: float, chances: Sequence[float] = CHANCES) -> tuple[float, ...]:
-    """`samples_needed` for each chance: by default n for p = 0.1, 0.5 and 0.9."""
-    return tuple(samples_needed(log_probability, chance) for chance in chances)
+def samples_for_chances(log_probability: float) -> tuple[float, ...]:
+    """`samples_needed` for each of `CHANCES`: n for p = 0.1, 0.5 and 0.9."""
+    return tuple(samples_needed(log_probability, chance) for chance in CHANCES)
 
 
 def chance_of_a_hit(log_probability: float, samples: float) -> float:

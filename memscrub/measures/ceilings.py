@@ -15,12 +15,13 @@ from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText
 from memscrub.policy.document import Policy
 from memscrub.reports.control_limits import filled
+from memscrub.reports.judgement import Measures
 
 
 def with_ceilings(loaded: LoadedModel, policy: Policy, controls: Sequence[TokenText]) -> Policy:
     """The policy with the limits of `like_controls` classes filled in from the live model's controls.
 
-    Raises PolicyError when such a class has no control texts.
+    Raises PolicyError when such a class has no control texts, or none that shows anything to be held against.
     """
     asked = {name for name, limits in policy.classes.items() if limits.like_controls}
     if not asked:
@@ -40,4 +41,14 @@ def with_ceilings(loaded: LoadedModel, policy: Policy, controls: Sequence[TokenT
     for name in asked:
         own = [each for text, each in zip(texts, measures, strict=True) if text.class_name == name]
         found[name] = filled(policy.classes[name], own)
+        if not any(_shows_something(each, secret=found[name].secret) for each in own):
+            raise PolicyError(
+                f"{policy.path}: class {name} sets like_controls, but all control texts of that class are too short"
+                " to be continued or sampled (or mark no secret); add longer ones."
+            )
     return policy.model_copy(update={"classes": found})
+
+
+def _shows_something(control: Measures, *, secret: bool) -> bool:
+    sampled = bool(control.secrets) if secret else control.window_log_probability is not None
+    return sampled or control.near_verbatim is not None

@@ -24,7 +24,7 @@ from memscrub.models.tokens import TokenText
 
 # "Cannot be sampled at all" (outside the top k): a finite stand-in, so that sums and JSON stay well-defined.
 IMPOSSIBLE = -1000.0
-# Logits of equal inputs differ by about this much between batch shapes; measured in benchmarks/noise.py.
+# Logits of equal inputs differ by less than this between batch shapes; tests/test_greedy_equivalence.py holds it.
 NOISE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 

@@ -88,8 +88,8 @@ def measure(
     for index, value in decoded.items():
         found[index] = replace(found[index], near_verbatim=value)
     for index, value in asked.estimates.items():
-        if value > decoded.get(index, -1.0):
-            found[index] = replace(found[index], near_verbatim=value, screened=True)
+        # Also where another opening came nearer than the estimate: it stands for what was not decoded.
+        found[index] = replace(found[index], near_verbatim=max(value, decoded.get(index, 0.0)), screened=True)
     return Measured(tuple(found), tuple(kept))
 
 
@@ -241,8 +241,8 @@ def _measure_one(loaded: LoadedModel, policy: Policy, text: TokenText, scores: S
         while (doubtful := longest_run(gap, first, -noise)).length > limits.max_verbatim_tokens:
             decoded.append(_decode_run(loaded, text, doubtful))
             gap[doubtful.begin - 1 : doubtful.begin - 1 + doubtful.length] = -torch.inf
-        if decoded:
-            run, confirmed = max(decoded, key=lambda each: each.length), True
+        if decoded:  # what is left of `gap` was in no doubt, and may hold a longer run than what was decoded
+            run, confirmed = max(*decoded, longest_run(gap, first), key=lambda each: each.length), True
     width = limits.max_verbatim_tokens
     return Measures(
         tokens=max(0, len(text.tokens) - first),
@@ -257,6 +257,7 @@ def _measure_one(loaded: LoadedModel, policy: Policy, text: TokenText, scores: S
             SecretMeasure(*span, span_emitted(scores.gap, span, -noise), span_log_p(scores.log_p, span))
             for span in text.secrets
         ),
+        unjudged_secrets=text.unjudged,
     )
 
 

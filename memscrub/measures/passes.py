@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from memscrub.errors import IncompleteError
+from memscrub.errors import OUT_OF_MEMORY, IncompleteError
 from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import pad
 
@@ -30,8 +30,6 @@ Result = TypeVar("Result")
 LOOKAHEAD = 2048
 # Larger batches leave a CPU's caches: they are slower there, not faster.
 CPU_TOKENS = 1024
-# What torch says on devices without an exception of their own for it.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class Tokened(Protocol):
@@ -142,7 +140,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Did this error come from a lack of memory, of whatever device?"""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def widen_constants(model: Any) -> bool:
 class LeanWeights:
     """Keeps the large parameters of `model` in their stored dtype and widens them to `dtype` call by call."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, *, least: int = LEAST) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._instead: dict[int, Reader] = {}  # by identity of the parameter: where its values come from for now
         self._room: dict[tuple[int, int], Tensor] = {}
@@ -80,7 +80,7 @@ class LeanWeights:
             floats = {
                 n: value for n, value in module._parameters.items() if value is not None and value.is_floating_point()
             }
-            large = [name for name, value in floats.items() if value.numel() >= least]
+            large = [name for name, value in floats.items() if value.numel() >= LEAST]
             for name, value in floats.items():
                 if name not in large:
                     value.data = value.data.to(dtype)

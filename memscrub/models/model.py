@@ -21,8 +21,14 @@ from memscrub.models.architecture import Family, family_of
 from memscrub.models.lean_weights import LeanWeights, lean_dtype, widen_constants
 from memscrub.models.sites import Site, as_columns
 from memscrub.models.spreading import SPREAD, spread
-from memscrub.storage.checkpoint import Checkpoint
-from memscrub.storage.untrusted_config import Reading, check_counts, check_size, without_kernels
+from memscrub.storage.checkpoint import Checkpoint, read_object
+from memscrub.storage.untrusted_config import (
+    Reading,
+    check_counts,
+    check_size,
+    refuse_tokenizer_detours,
+    without_kernels,
+)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -33,6 +39,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 LOGITS_BYTES = 32 * 2**20
 # Hidden states are projected in pieces with so many bytes of logits: what a CPU's caches hold, what keeps a GPU busy.
 PIECE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+_TOKENIZER = "tokenizer_config.json"
 # Largest difference, relative to the largest logit, at which two ways to the same logits count as one.
 _SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
@@ -134,14 +141,12 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one, else MPS where torch offers it, else the CPU."""
     if name == "auto":
         name = _best_device()
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError, ImportError):
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(
-            f"the device '{name}' is not available here; use --device cpu, or auto to let memscrub choose."
-        ) from None
-    return device
+        if device.type != "meta":  # which has shapes and no values
+            return device
+    raise UsageError(f"the device '{name}' is not available here; use --device cpu, or auto to let memscrub choose.")
 
 
 def _best_device() -> str:
@@ -175,6 +180,8 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto", l
     lean = False if device == SPREAD else lean
     narrow = lean_dtype(ckpt, wanted=lean) if arithmetic is torch.float32 else None
     check_counts(ckpt.config, len(ckpt.tensors))
+    if _TOKENIZER in ckpt.files:
+        refuse_tokenizer_detours(read_object(ckpt.path, _TOKENIZER))
     with Reading(ckpt.path), _quiet_transformers():
         config = without_kernels(AutoConfig.from_pretrained(ckpt.path, **local))
         with torch.device("meta"):
@@ -192,6 +199,7 @@ def load_model(ckpt: Checkpoint, *, device: str = "auto", dtype: str = "auto", l
         )
     model, info = found
     _check_loading(ckpt, info)
+    _check_tokenizer(ckpt, tokenizer)
     # A checkpoint's own generation settings (sampling, penalties, end tokens) would hide what it knows.
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     if narrow is not None and not widen_constants(model):
@@ -232,6 +240,15 @@ def _check_loading(ckpt: Checkpoint, info: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{ckpt.path}: the weight '{name}' has the shape {list(stored)}, which is not the shape config.json asks"
             f" for, {list(expected)}; check that config.json and the shards belong together."
+        )
+
+
+def _check_tokenizer(ckpt: Checkpoint, tokenizer: Any) -> None:
+    # Where a protected text begins, and its secrets, are told by the characters that each token stands for.
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(
+            f"{ckpt.path}: its tokenizer ({type(tokenizer).__name__}) does not say which characters a token stands for;"
+            " memscrub reads those that have a tokenizer.json, or can be turned into one."
         )
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from memscrub.errors import CheckpointError, UsageError
 from memscrub.models.model import LoadedModel
+from memscrub.storage.untrusted_config import Encoding
 from memscrub.texts.protected import Document, ProtectedText
 
 PADDING = 0
+# Tokens of a row of ordinary text.
+ROW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,9 @@ class TokenText:
     """A protected text as token ids.
 
     `tokens` starts with the prompt (beginning-of-text token and the entry's own `prefix`, both given freely);
-    the text itself starts at index `start`. `secrets` are index ranges `[begin, end)` into `tokens`. `file` and `line`
-    say where the text stands in its list, for texts from one.
+    the text itself starts at index `start`. `secrets` are index ranges `[begin, end)` into `tokens`; `unjudged` counts
+    marked secrets that have none, as nothing predicts them. `file` and `line` say where the text stands in its list,
+    for texts from one.
     """
 
     id: str
@@ -35,6 +39,7 @@ class TokenText:
     secrets: tuple[tuple[int, int], ...] = ()
     file: str | None = None
     line: int | None = None
+    unjudged: int = 0
 
     @property
     def length(self) -> int:
@@ -57,7 +62,8 @@ def tokenize(loaded: LoadedModel, texts: Sequence[ProtectedText]) -> tuple[Token
 
 def _tokenize_one(loaded: LoadedModel, text: ProtectedText, known: dict[int, int]) -> TokenText:
     before = text.prefix or ""
-    encoded = loaded.tokenizer(before + text.text, add_special_tokens=False, return_offsets_mapping=True)
+    with Encoding():
+        encoded = loaded.tokenizer(before + text.text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     check_ids(loaded, ids)
     _check_known(loaded, text, ids)
@@ -75,7 +81,8 @@ def _tokenize_one(loaded: LoadedModel, text: ProtectedText, known: dict[int, int
         inside = [i for i, (a, b) in enumerate(spans) if a < end + len(before) and b > begin + len(before) and a < b]
         if inside and inside[-1] + shift > 0:  # nothing predicts the very first token
             secrets.append((inside[0] + shift, inside[-1] + 1 + shift))
-    return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets), text.file, text.line)
+    unjudged = len(text.secrets) - len(secrets)
+    return TokenText(text.id, text.class_name, tokens, start + shift, tuple(secrets), text.file, text.line, unjudged)
 
 
 def _check_known(loaded: LoadedModel, text: ProtectedText, ids: Sequence[int]) -> None:
@@ -119,18 +126,19 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def blocks(loaded: LoadedModel, documents: Sequence[Document], *, width: int = 256, limit: int | None = None) -> Tensor:
+def blocks(loaded: LoadedModel, documents: Sequence[Document], *, limit: int | None = None) -> Tensor:
     """Documents end to end, cut into rows `[rows, width]` as in training; at most `limit` tokens.
 
     The rest that fills no row is dropped; less than one row in all makes one short row.
     """
-    width = min(width, loaded.max_positions - len(loaded.prompt))
+    width = min(ROW, loaded.max_positions - len(loaded.prompt))
     stream: list[int] = []
     for document in documents:
         if limit is not None and len(stream) >= limit:
             break
         text = "\n\n" + document.text if stream else document.text
-        stream += loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with Encoding():
+            stream += loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     check_ids(loaded, stream)
     stream = stream if limit is None else stream[: max(limit, 2)]
     width = min(width, max(1, len(stream)))

@@ -88,6 +88,8 @@ def syntax_problem(error: Exception, text: str, path: Path) -> str:
     if found:
         what, line, column = found.group(1)[:100], int(found.group(2)), int(found.group(3))
         hint = "check quotes, brackets and = signs (a text needs quotes)."
+        if what.startswith("Cannot "):  # overwrite, redefine, declare twice
+            hint = "it is in the file already; keep one of the two."
         return at_line(path, line, f"not valid TOML at column {column} ({what}); {hint}")
     if "end of document" in str(error):
         return at_line(path, text.count("\n") + 1, "the file ends within a value; close its quote or bracket.")

@@ -17,7 +17,7 @@ from memscrub.errors import CheckpointError, SignatureInvalidError, UsageError
 from memscrub.proof.statements import SIGNATURE, UNSIGNED_FILES
 from memscrub.reports.report import REPORT_NAME, EditRecord, Report, TensorRecord, load_report
 from memscrub.storage.checkpoint import Checkpoint, TensorInfo, digest_files, open_checkpoint
-from memscrub.storage.files import read_range, tree_digest
+from memscrub.storage.files import cache_link_roots, digest_names, list_files, read_range, tree_digest
 from memscrub.storage.vector_changes import Changes, changes
 from memscrub.storage.writing import reader, tensor_digest
 
@@ -52,7 +52,7 @@ def check_edit(directory: str | Path, base: str | Path, *, files: Digests | None
     before, after = open_checkpoint(base), _opened(root)
     base_files = digest_files(before)
     _check_base(base, report, base_files)
-    found = dict(digest_files(after) if files is None else files)
+    found = dict(_all_files(root) if files is None else files)
     _check_output(report.output.files, found)
     _check_files(before, after, edit, base_files, report.output.files)
     _check_tensor_sets(before, after)
@@ -75,6 +75,12 @@ def _report(root: Path) -> Report:
     if not (root / REPORT_NAME).is_file():
         raise UsageError(f"{root} holds no {REPORT_NAME}; without one there is no stated edit to check.")
     return load_report(root / REPORT_NAME)
+
+
+def _all_files(root: Path) -> Digests:
+    """SHA-256 of every file of the directory, also of those that are no part of a checkpoint: `.git`, `.cache`."""
+    links = (root, *cache_link_roots(root))
+    return digest_names(root, list_files(root, error=SignatureInvalidError, link_roots=links))
 
 
 def _opened(root: Path) -> Checkpoint:

@@ -27,6 +27,9 @@ PASSWORD_VARIABLE = "MEMSCRUB_KEY_PASSWORD"
 
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 
+# What OpenSSL takes, and with it the cryptography package.
+_LONGEST_PASSPHRASE = 1023
+
 _SUPPORTED = "memscrub signs with EC P-256, P-384, P-521 and Ed25519 keys"
 
 
@@ -135,15 +138,15 @@ def generate_keypair(
         raise UsageError(f"{kind!r} is not a kind of key; use ec-p256 or ed25519.")
     if password == "":
         raise UsageError("The passphrase is empty; leave it out to store the key unencrypted.")
-    if private.resolve() == public.resolve():
+    phrase = None if password is None else _passphrase_bytes(password)
+    # Path.resolve() raises RuntimeError for a circle of links.
+    if os.path.realpath(private) == os.path.realpath(public):
         raise UsageError("The private and the public key need two different files.")
     for path in (private, public):
         if os.path.lexists(path):
             raise OutputError(f"{path} exists already; choose another name, keys are never overwritten.")
     key = ec.generate_private_key(ec.SECP256R1()) if kind == "ec-p256" else ed25519.Ed25519PrivateKey.generate()
-    encryption = (
-        serialization.NoEncryption() if password is None else serialization.BestAvailableEncryption(password.encode())
-    )
+    encryption = serialization.NoEncryption() if phrase is None else serialization.BestAvailableEncryption(phrase)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
     public_pem = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -168,9 +171,9 @@ def load_private_key(path: str | Path, password: str | None) -> PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    pem = _read_key(path)
+    pem = read_key(path)
     try:
-        key = load_pem_private_key(pem, None if password is None else password.encode())
+        key = load_pem_private_key(pem, None if password is None else _passphrase_bytes(password))
     except TypeError:  # the library's way to say that a passphrase is missing, or given and not needed
         state = "is encrypted; set" if is_encrypted(pem) else "is not encrypted; unset"
         raise UsageError(f"The private key {path} {state} {PASSWORD_VARIABLE}.") from None
@@ -193,7 +196,7 @@ def load_public_key(path: str | Path) -> PublicKey:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        key = load_pem_public_key(_read_key(path))
+        key = load_pem_public_key(read_key(path))
     except (ValueError, UnsupportedAlgorithm, InternalError):
         raise UsageError(f"{path} is not a PEM public key; {_SUPPORTED}.") from None
     return _public(key, Path(path))
@@ -212,6 +215,17 @@ def key_id_of(text: str) -> str:
     return found
 
 
+def _passphrase_bytes(password: str) -> bytes:
+    """A passphrase as the library takes it. Raises UsageError, without the passphrase, for one that it cannot take."""
+    try:
+        phrase = password.encode()
+    except UnicodeEncodeError:
+        raise UsageError("The passphrase is not UTF-8 text; choose another one.") from None
+    if len(phrase) > _LONGEST_PASSPHRASE:
+        raise UsageError(f"The passphrase is longer than {_LONGEST_PASSPHRASE} bytes; choose a shorter one.")
+    return phrase
+
+
 def _public(key: Any, path: Path) -> PublicKey:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -226,12 +240,13 @@ def _public(key: Any, path: Path) -> PublicKey:
     return PublicKey(path, key_id, SSlibKey.from_crypto(key, keyid=key_id))
 
 
-def _read_key(path: str | Path) -> bytes:
+def read_key(path: str | Path) -> bytes:
+    """The bytes of a key's file, of an endless one the first. Raises UsageError where it cannot be read."""
     try:
         with Path(path).open("rb") as file:  # not all of it: /dev/zero has no end
             return file.read(1 << 20)
     except OSError as problem:
-        raise UsageError(f"The key {path} cannot be read: {problem.strerror}.") from None
+        raise UsageError(f"The key {path} cannot be read: {problem.strerror}; check the path.") from None
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
@@ -242,7 +257,7 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
             file.write(data)
     except FileExistsError:
         raise OutputError(f"{path} exists already; choose another name, keys are never overwritten.") from None
-    except PermissionError as problem:
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as problem:
         raise OutputError(f"{path} cannot be written: {problem.strerror}.") from None
     except OSError as problem:
         with contextlib.suppress(OSError):

@@ -91,7 +91,6 @@ def sign_directory(
     private_key: str | Path | Signer,
     *,
     password: str | None = None,
-    workers: int | None = None,
     known: Mapping[str, str] | None = None,
 ) -> str:
     """Sign every file of `directory` into `model.sig` and return the root digest.
@@ -110,7 +109,7 @@ def sign_directory(
     if not names:
         raise UsageError(f"{directory} holds no files to sign.")
     ordered, had = sorted(names, key=PurePosixPath), known or {}
-    read = digest_names(root, [name for name in ordered if name not in had], workers=workers)
+    read = digest_names(root, [name for name in ordered if name not in had])
     digests = {name: had[name] if name in had else read[name] for name in ordered}
     payload = model_statement(_model_name(root), digests)
     write_json(root / SIGNATURE, signer.bundle(payload, PAYLOAD_TYPE))
@@ -125,7 +124,6 @@ def sign_report(
     policy_digests: Mapping[str, str],
     passed_tests: Sequence[str] = (),
     failed_tests: Sequence[str] = (),
-    properties: Sequence[str] = ("MEMSCRUB_POLICY_MET",),
     time_created: str | None = None,
     password: str | None = None,
     provenance: Provenance | None = None,
@@ -133,9 +131,8 @@ def sign_report(
     """Sign the verdict of `report`, which `model.sig` beside it must cover already; return the envelopes.
 
     `policy_digests` maps the policy's file name to its SHA-256. The test-result envelope is always written,
-    the summary only when `passed`, with the `properties` it asserts; an older summary is deleted otherwise.
-    Test ids and properties are published: they must not contain protected text. `provenance` says what the run was
-    made from, and must agree with the report.
+    the summary only when `passed`; an older summary is deleted otherwise. Test ids are published: they must not
+    contain protected text. `provenance` says what the run was made from, and must agree with the report.
 
     Raises:
         UsageError: the key cannot be used, the report is not in its place, or the verdict contradicts itself.
@@ -160,7 +157,7 @@ def sign_report(
     if not passed:
         (root / SUMMARY_ENVELOPE).unlink(missing_ok=True)
         return tuple(written)
-    summary = summary_result(policy_digests, properties, time_created)
+    summary = summary_result(policy_digests, time_created)
     written.append(root / SUMMARY_ENVELOPE)
     write_json(written[1], signer.statement(statement_bytes(subjects, SUMMARY_PREDICATE, summary), PAYLOAD_TYPE))
     return tuple(written)
@@ -208,7 +205,7 @@ def _signer(private_key: str | Path | Signer, password: str | None) -> Signer:
 def _directory(directory: str | Path) -> Path:
     root = Path(os.path.realpath(directory))
     if not root.is_dir():
-        raise UsageError(f"{directory} is not a directory.")
+        raise UsageError(f"{directory} is not a directory; name one that `memscrub fix` wrote.")
     return root
 
 

@@ -26,6 +26,8 @@ MODEL_PREDICATE = "https://model_signing/signature/v1.0"
 TEST_RESULT_PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 SUMMARY_PREDICATE = "https://in-toto.io/attestation/svr/v0.2"
 VERIFIER_ID = "urn:memscrub:verifier:v1"
+# What a summary asserts of a directory.
+PROPERTY = "MEMSCRUB_POLICY_MET"
 
 
 def root_digest(manifest: Mapping[str, str]) -> str:
@@ -64,15 +66,13 @@ def test_result(
     }
 
 
-def summary_result(
-    policy_digests: Mapping[str, str], properties: Sequence[str], time_created: str | None
-) -> dict[str, Any]:
+def summary_result(policy_digests: Mapping[str, str], time_created: str | None) -> dict[str, Any]:
     """The predicate of https://in-toto.io/attestation/svr/v0.2; created now unless a time is given."""
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "verifier": {"id": VERIFIER_ID, "policies": _descriptors(policy_digests)},
         "timeCreated": time_created or now,
-        "properties": list(properties),
+        "properties": [PROPERTY],
     }
 
 

@@ -14,6 +14,8 @@ from memscrub.policy.waiver_entries import Waiver
 from memscrub.reports.judgement import Finding, Judgement
 
 Judged = tuple[str, str, Judgement]  # id, class, judgement
+# More texts than any list has: of a rate next to nothing, how many it takes exactly tells nobody anything.
+_ENOUGH = 1e15
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Rate:
     @property
     def texts_needed(self) -> int:
         """So many texts must be within their limits, without exception, for the bound to be low enough."""
-        needed = max(1, math.floor(math.log(1 - self.confidence) / math.log1p(-self.allowed)))
+        few = math.log(1 - self.confidence) / math.log1p(-self.allowed)
+        needed = max(1, math.floor(min(few, _ENOUGH)))
         # The logarithms may be off by a rounding error just where a whole number decides.
         return needed if self.bound(0, needed) <= self.allowed else needed + 1
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from memscrub.errors import UsageError, printable
 from memscrub.reports.allowances import broken
 from memscrub.reports.judgement import Status
-from memscrub.reports.records import BaselineRecord
-from memscrub.reports.report import Report, parse_report
+from memscrub.reports.records import BaselineRecord, BasisRecord
+from memscrub.reports.report import Report, parse_report, report_bytes
 
 TOLERANCE = 0.05
+# Measures that mean the same under other settings of what is measured.
+_WHATEVER_SETTINGS = ("max_verbatim_tokens", "secrets_emitted")
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,24 @@ class Baseline:
     sha256: str
     tolerance: float
 
-    @property
-    def known(self) -> dict[tuple[str, str], float]:
-        """By text and limit: the highest measure that is no worse than it was.
+    def measured_alike(self, basis: BasisRecord | None) -> bool:
+        """Whether it was measured with the settings of this basis, as far as either says."""
+        stated = self.report.basis
+        return stated is None or basis is None or stated.settings_sha256 == basis.settings_sha256
 
-        What a waiver excused then is not known: it would outlive the waiver.
+    def known(self, basis: BasisRecord | None) -> dict[tuple[str, str], float]:
+        """By text and limit: the highest measure that is no worse than it was; `basis` is that of the measures now.
+
+        What a waiver excused then is not known: it would outlive the waiver. Nor is what other settings measured, such
+        as the probability of a window of another length.
         """
+        alike = self.measured_alike(basis)
         return {
             (record.id, finding.limit): finding.measured * (1 + self.tolerance)
             for record in self.report.texts
             if record.judgement.status is Status.VIOLATED
             for finding in broken(record.judgement)
+            if alike or finding.limit in _WHATEVER_SETTINGS
             if (finding.limit, "waiver") not in [(each.limit, each.by) for each in record.excused]
         }
 
@@ -44,10 +53,7 @@ def load_baseline(path: Path, tolerance: float = TOLERANCE) -> Baseline:
     """Read a report to hold regressions against. Raises UsageError where it is none, or the tolerance is no share."""
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"a tolerance of {tolerance:g} is no share; use 0 or more, for example 0.05.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: the baseline cannot be read ({error.strerror}); name a JSON report.") from None
+    data = report_bytes(path)
     return Baseline(parse_report(data, path), hashlib.sha256(data).hexdigest(), tolerance)
 
 
@@ -67,8 +73,8 @@ def baseline_record(baseline: Baseline, report: Report) -> BaselineRecord:
     )
 
 
-def baseline_remarks(record: BaselineRecord, policy_sha256: str) -> Iterator[str]:
-    """What a reader of the verdict should know of the baseline."""
+def baseline_remarks(record: BaselineRecord, policy_sha256: str, *, alike: bool) -> Iterator[str]:
+    """What a reader of the verdict should know of the baseline; `alike`: measured with the settings of now."""
     worse = f"{record.regressions} texts break limits that they did not break then, or are worse by over"
     yield (
         f"baseline of {printable(record.created)}: {worse} {record.tolerance:.3g} of what they were;"
@@ -80,3 +86,5 @@ def baseline_remarks(record: BaselineRecord, policy_sha256: str) -> Iterator[str
         yield "no digest tells whether the baseline was made with the same list: a text with the same id counts as it."
     if record.policy_sha256 != policy_sha256:
         yield "the baseline was made under another version of the policy; its limits were those of that version."
+    if not alike:
+        yield "the baseline was measured with other settings: only runs and emitted secrets are held against it."

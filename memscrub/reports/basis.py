@@ -17,6 +17,7 @@ from memscrub.texts.protected import ProtectedList, list_digest
 
 # To be raised when the definition of a measure changes: what was measured before is then no longer the same thing.
 MEASURES = 1
+_LONGEST_KEY = 1 << 20
 _PROBE = (
     "prefix_tokens",
     "suffix_tokens",
@@ -59,9 +60,13 @@ def report_key(policy: Policy) -> bytes | None:
 
 def _read_key(path: Path) -> bytes:
     try:
-        key = path.read_bytes().strip()
+        with path.open("rb") as file:  # not all of it: /dev/zero has no end
+            data = file.read(_LONGEST_KEY + 1)
     except OSError as error:
-        raise UsageError(f"{path}: the report key cannot be read ({error.strerror}).") from None
+        raise UsageError(f"{path}: the report key cannot be read ({error.strerror}); check the path.") from None
+    if len(data) > _LONGEST_KEY:
+        raise UsageError(f"{path}: larger than 1 MiB, so not a report key; make one with `openssl rand -hex 32`.")
+    key = data.strip()
     if len(key) < 16:
         raise UsageError(f"{path}: the report key is shorter than 16 bytes; make one with `openssl rand -hex 32`.")
     return key

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+# No count is larger; of one without end not even a share can be taken.
+_LARGEST = 1 << 64
+
 
 def plain(value: Any) -> Any:
     """Dataclasses, enums and tuples as what JSON has; infinities (an unbounded margin) become null."""
@@ -66,4 +69,6 @@ def rebuilt(kind: Any, value: Any) -> Any:
         return float(value)
     if type(value) is not kind:  # True is no number
         raise TypeError(f"expected {kind.__name__}")
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError("expected a number of 64 bits")
     return value

@@ -40,6 +40,7 @@ class Measures:
     `extractable`: classic prefix/suffix extraction. `window_log_probability`: likeliest window of the limit's
     length under sampling. `near_verbatim`: highest similarity of the model's own continuation; with `screened` an
     upper estimate within the limit, because the pass showed that decoding could not come near it.
+    `unjudged_secrets`: marked secrets that nothing predicts, which are not among `secrets`.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ class Measures:
     near_verbatim: float | None = None
     secrets: tuple[SecretMeasure, ...] = ()
     screened: bool = False
+    unjudged_secrets: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def judge(measures: Measures, limits: ClassLimits) -> Judgement:
             findings.append(_at_most("max_near_verbatim", limits.max_near_verbatim, measures.near_verbatim))
     if limits.secret:
         findings += _secret_findings(measures.secrets, limits.max_sampling_probability)
-        short |= not measures.secrets
+        short |= not measures.secrets or measures.unjudged_secrets > 0
     elif limits.max_sampling_probability is not None:
         if measures.window_log_probability is None:
             short = True

@@ -1,5 +1,5 @@
-"""Locality against its limits: one sentence for each limit that does not hold, and by how much; knows neither how
-anything was measured nor what becomes of it.
+"""What was measured on ordinary text against its limits: one sentence for each limit that does not hold, and by how
+much; knows neither how anything was measured nor what becomes of it.
 
 The edit while it works, the report on the written bytes and the gate all judge by this one function.
 """
@@ -7,6 +7,7 @@ The edit while it works, the report on the written bytes and the gate all judge 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 # Whatever a policy allows: a model this far from the original is broken, not edited.
@@ -21,21 +22,47 @@ CHANCE = 0.05
 _MANY = 1000
 
 
-class Distance(Protocol):
-    """What was measured on retain text."""
+@dataclass(frozen=True)
+class Locality:
+    """Distance of an edited model from the original on retain text, per predicted token.
 
-    @property
-    def kl(self) -> float: ...
-    @property
-    def worst_kl(self) -> float: ...
-    @property
-    def agreement(self) -> float: ...
-    @property
-    def perplexity_ratio(self) -> float: ...
+    `kl`: mean KL(original || edited) in nats, `worst_kl`: the same for the worst block of text;
+    `agreement`: share of positions with the same likeliest token; `perplexity_ratio`: edited over original.
+    These read the retain text as a running stream, as in training. `start_kl` is the mean KL over the first tokens
+    (`distance.START`) when each row stands at the beginning of a text instead, where memorized texts begin too.
+    """
+
+    tokens: int
+    kl: float
+    worst_kl: float
+    start_kl: float
+    agreement: float
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True)
+class Benign:
+    """How many of the prompts each model ends early on, or degenerates on.
+
+    `newly_ended` and `newly_degenerate` count those where the original does not. `repeated_rise`: mean share of
+    repeated 4-grams beyond the original's. `agreement`: mean similarity of the two continuations, 1 where they are
+    the same.
+    """
+
+    prompts: int
+    degenerate_before: int
+    degenerate_after: int
+    newly_degenerate: int
+    ended_before: int
+    ended_after: int
+    newly_ended: int
+    empty_after: int
+    repeated_rise: float
+    agreement: float
 
 
 class DistanceLimits(Protocol):
-    """What of it is allowed; None: any amount."""
+    """What of the distance is allowed; None: any amount."""
 
     @property
     def max_kl(self) -> float: ...
@@ -47,7 +74,7 @@ class DistanceLimits(Protocol):
     def min_agreement(self) -> float: ...
 
 
-def broken_distance(measured: Distance, limits: DistanceLimits) -> list[str]:
+def broken_distance(measured: Locality, limits: DistanceLimits) -> list[str]:
     """One sentence for each limit on retain text that is broken; the policy's, or the catastrophic one behind it."""
     ratio, agreement = measured.perplexity_ratio, measured.agreement
     return [
@@ -103,12 +130,12 @@ def over(name: str, measured: float, allowed: float | None, what: str = "") -> l
     return [] if allowed is None or measured <= allowed else [_sentence(name, measured, allowed, what)]
 
 
-def under(name: str, measured: float, allowed: float | None, what: str = "") -> list[str]:
+def under(name: str, measured: float, allowed: float | None) -> list[str]:
     """The sentence when a measure is below its limit."""
-    return [] if allowed is None or measured >= allowed else [_sentence(name, measured, allowed, what)]
+    return [] if allowed is None or measured >= allowed else [_sentence(name, measured, allowed)]
 
 
-def _sentence(name: str, measured: float, allowed: float, what: str) -> str:
+def _sentence(name: str, measured: float, allowed: float, what: str = "") -> str:
     about = f"{what}: " if what else ""
     return (
         f"locality: {name}{_BROKEN}({about}allowed {allowed:g}, measured {measured:.4g},"

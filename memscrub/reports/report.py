@@ -7,12 +7,14 @@ A report carries ids of texts, counts and measures, never a text or its tokens. 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from memscrub.errors import UsageError
 from memscrub.reports.json_values import plain, rebuilt
 from memscrub.reports.judgement import Judgement, Measures
+from memscrub.reports.locality_limits import Benign, Locality
 from memscrub.reports.records import (
     BaselineRecord,
     BasisRecord,
@@ -113,15 +115,9 @@ class TextRecord:
 
 
 @dataclass(frozen=True)
-class LocalityRecord:
+class LocalityRecord(Locality):
     """Distance of the written checkpoint from the original on retain text the solver never saw."""
 
-    tokens: int
-    kl: float
-    worst_kl: float
-    start_kl: float
-    agreement: float
-    perplexity_ratio: float
     max_kl: float
     max_perplexity_ratio: float
     min_agreement: float
@@ -139,19 +135,9 @@ class NeighbourRecord:
 
 
 @dataclass(frozen=True)
-class BenignRecord:
+class BenignRecord(Benign):
     """Ordinary openings continued by both models: counts of prompts, and the policy's limit."""
 
-    prompts: int
-    degenerate_before: int
-    degenerate_after: int
-    newly_degenerate: int
-    ended_before: int
-    ended_after: int
-    newly_ended: int
-    empty_after: int
-    repeated_rise: float
-    agreement: float
     max_degenerate: float
 
 
@@ -246,18 +232,24 @@ class Report:
 
     def to_json(self) -> str:
         """The report as indented JSON with a final newline; equal reports give equal text."""
-        return json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # A path that is not UTF-8 has halves of surrogate pairs in it, which no file could hold as they are.
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def load_report(path: Path) -> Report:
     """Read a report back. Raises UsageError when the file is no report of a schema this version knows."""
+    return parse_report(report_bytes(path), path)
+
+
+def report_bytes(path: Path) -> bytes:
+    """The bytes of a report's file. Raises UsageError where it cannot be read, or is larger than any report."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UsageError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so not a report of memscrub.")
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: the report cannot be read ({error.strerror}).") from None
-    return parse_report(data, path)
+        raise UsageError(f"{path}: the report cannot be read ({error.strerror}); name a JSON report.") from None
 
 
 def parse_report(data: bytes, path: Path) -> Report:
@@ -265,7 +257,7 @@ def parse_report(data: bytes, path: Path) -> Report:
     try:
         raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise UsageError(f"{path}: this is not a JSON report.") from None
+        raise UsageError(f"{path}: this is not a JSON report; name the file that --report wrote.") from None
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         raise UsageError(f"{path}: this is not a memscrub report of schema {SCHEMA}.")
     try:

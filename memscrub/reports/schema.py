@@ -105,7 +105,7 @@ def _shape(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"type": ["number", "null"]}  # null: infinite
     if kind in _SIMPLE:
         return {"type": _SIMPLE[kind]}
-    raise TypeError(f"a report holds no {kind}; teach report_schema about it.")
+    raise TypeError(f"a report holds no {kind}; teach memscrub.reports.schema about it.")
 
 
 def _or_null(shape: dict[str, Any]) -> dict[str, Any]:

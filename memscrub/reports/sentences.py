@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from statistics import median
+from typing import TypeVar
 
-from memscrub.reports.records import ClassRecord, DepthRecord, DepthsRecord, RateRecord
+from memscrub.reports.records import ClassRecord, DepthsRecord, RateRecord
 from memscrub.reports.report import Report
+
+Record = TypeVar("Record")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def class_sentences(report: Report) -> Iterator[str]:
@@ -38,12 +42,22 @@ def _rates(record: ClassRecord) -> str:
         parts.append(f"{share(record.extractable)} extractable")
     if record.leaks:
         leaks = ", ".join(
-            f"{each.expected:.3g} ({each.low:.3g} to {each.high:.3g}) from {each.samples:,}" for each in record.leaks
+            f"{_times(each.samples)}: {_few(each.expected)} ({_few(each.low)} to {_few(each.high)})"
+            for each in record.leaks
         )
-        parts.append(f"expected to leak by sampling each text: {leaks}")
+        parts.append(f"expected to come out when each text is sampled {leaks}")
     if record.confirmed:
         parts.append(f"{record.confirmed} decided by real decoding")
     return f"{record.name}: {'; '.join(parts)}"
+
+
+def _times(samples: int) -> str:
+    return "once" if samples == 1 else f"{samples:,} times"
+
+
+def _few(texts: float) -> str:
+    """An expected number of texts; next to none is not given in powers of ten."""
+    return "<0.001" if 0 < texts < 0.001 else f"{texts:.3g}"
 
 
 def _controls(record: ClassRecord) -> Iterator[str]:
@@ -61,8 +75,7 @@ def _controls(record: ClassRecord) -> Iterator[str]:
 
 
 def _membership(depths: DepthsRecord) -> Iterator[str]:
-    for name in dict.fromkeys(each.class_name for each in depths.separations):
-        mine = [each for each in depths.separations if each.class_name == name]
+    for name, mine in _groups(depths.separations, lambda each: each.class_name):
         figures = ", ".join(f"{e.signal.replace('_', ' ')} {e.auc:.2f} ({e.low:.2f} to {e.high:.2f})" for e in mine)
         yield f"membership, {name}: AUC against controls: {figures}"
     if not depths.separations:
@@ -70,8 +83,7 @@ def _membership(depths: DepthsRecord) -> Iterator[str]:
 
 
 def _prefixes(depths: DepthsRecord) -> Iterator[str]:
-    for name, variant in dict.fromkeys((each.class_name, each.variant) for each in depths.prefixes):
-        rates = [each for each in depths.prefixes if (each.class_name, each.variant) == (name, variant)]
+    for (name, variant), rates in _groups(depths.prefixes, lambda each: (each.class_name, each.variant)):
         what = "text's end by the tokens before it" if variant == "before_suffix" else "text by its first tokens"
         yield f"prefix sweep, {name}, {what}: " + ", ".join(f"{e.prefix}: {e.rate.hits}/{e.rate.count}" for e in rates)
     if not depths.prefixes:
@@ -79,7 +91,7 @@ def _prefixes(depths: DepthsRecord) -> Iterator[str]:
 
 
 def _exposure(depths: DepthsRecord) -> Iterator[str]:
-    for name, group in _classes(depths.texts):
+    for name, group in _groups(depths.texts, lambda text: text.class_name):
         found = [each for text in group for each in text.exposures]
         if found:
             first = sum(each.rank == 1 for each in found)
@@ -91,7 +103,7 @@ def _exposure(depths: DepthsRecord) -> Iterator[str]:
 
 
 def _near_mass(depths: DepthsRecord) -> Iterator[str]:
-    for name, group in _classes(depths.texts):
+    for name, group in _groups(depths.texts, lambda text: text.class_name):
         lower = [math.exp(min(0.0, text.near_mass[0])) for text in group if text.near_mass is not None]
         if lower:
             yield (
@@ -101,7 +113,7 @@ def _near_mass(depths: DepthsRecord) -> Iterator[str]:
 
 
 def _alignment(depths: DepthsRecord) -> Iterator[str]:
-    for name, group in _classes(depths.texts):
+    for name, group in _groups(depths.texts, lambda text: text.class_name):
         found = [text.alignment for text in group if text.alignment is not None]
         if found:
             yield (
@@ -111,9 +123,12 @@ def _alignment(depths: DepthsRecord) -> Iterator[str]:
             )
 
 
-def _classes(records: Sequence[DepthRecord]) -> Iterator[tuple[str, list[DepthRecord]]]:
-    for name in dict.fromkeys(record.class_name for record in records):
-        yield name, [record for record in records if record.class_name == name]
+def _groups(records: Iterable[Record], key: Callable[[Record], Key]) -> Iterator[tuple[Key, list[Record]]]:
+    """The records that have each key, in the order in which keys first appear."""
+    groups: dict[Key, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    yield from groups.items()
 
 
 _DEPTHS: dict[str, Callable[[DepthsRecord], Iterator[str]]] = {

@@ -68,5 +68,7 @@ def _broken_benign(record: BenignRecord) -> list[str]:
 def timestamp() -> str:
     """Now in UTC, or SOURCE_DATE_EPOCH where reproducible output is asked for."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)
+    # Twelve digits reach beyond the year 9999, the last that a date can have.
+    stated = epoch.isdecimal() and len(epoch) < 12
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if stated else datetime.now(timezone.utc)
     return moment.replace(microsecond=0).isoformat()

@@ -65,9 +65,10 @@ def class_record(
     if leaks is None:
         logs = [each for each in (log_probability(r.latest) for r in records) if each is not None]
         leaks = tuple(_leak(logs, samples) for samples in SAMPLES) if logs else ()
+    judged = [r.judgement.status for r in records if r.judgement.status is not Status.INCONCLUSIVE]
     return ClassRecord(
         name=name,
-        violated=rate(sum(r.judgement.status is Status.VIOLATED for r in records), len(records)),
+        violated=rate(judged.count(Status.VIOLATED), len(judged)),
         extractable=rate(sum(extractable), len(extractable)) if extractable else None,
         confirmed=sum(r.latest.confirmed for r in records),
         leaks=leaks,

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from memscrub.errors import CheckpointError
-from memscrub.storage.checkpoint import Checkpoint
-from memscrub.storage.files import cache_link_roots, list_files, strict_json
+from memscrub.storage.checkpoint import Checkpoint, read_object
+from memscrub.storage.files import cache_link_roots, list_files
 from memscrub.storage.hub import download, parse_hub_id
 from memscrub.storage.safetensors_header import TensorInfo, read_header
+from memscrub.storage.untrusted_config import soon_matched
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +42,9 @@ _KNOWN = frozenset(
 # Other initialisations subtract something from the base's weights while the adapter is trained.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>[\w.]+)\.lora_(?P<which>[AB])\.weight", re.ASCII)
+# Names that embeddings have in the families of memscrub's table. What PEFT stores for one has other names.
+_EMBEDDINGS = ("embed_tokens", "embed_positions", "embed_in", "wte", "wpe", "word_embeddings")
+_HEADS = ("lm_head", "embed_out")
 _SHOWN = re.compile(r"[\w./@-]{1,100}", re.ASCII)
 
 
@@ -99,7 +103,7 @@ def open_adapter(source: str | Path) -> Adapter:
                 f" {_PICKLED}"
             )
         raise CheckpointError(f"{path} has no {WEIGHTS}; download the adapter again.")
-    config = _read_config(root)
+    config = read_object(root, CONFIG)
     _check_kind(config)
     tensors = read_header(root / WEIGHTS, WEIGHTS)
     return Adapter(str(source), root, tuple(_pairs(config, tensors)), base_of(config))
@@ -114,10 +118,12 @@ def stored_name(ckpt: Checkpoint, module: str) -> str:
     inner = name.partition(".")[2]
     found = [name] if name in ckpt.tensors else sorted({inner} & ckpt.tensors.keys())
     found = found or [stored for stored in ckpt.tensors if stored.partition(".")[2] == name]
-    head = module.rpartition(".")[2] in ("lm_head", "embed_out")
-    if head and (not found or ckpt.config.get("tie_word_embeddings") is True):
+    head = module.rpartition(".")[2] in _HEADS
+    # Where config.json does not say so, the family decides, and transformers writes it down for each.
+    if head and (not found or ckpt.config.get("tie_word_embeddings") is not False):
         raise CheckpointError(
-            f"The adapter changes the output head '{module}', which this base shares with its embedding; {_PEFT}."
+            f"The adapter changes the output head '{module}', which this base shares with its embedding, or does not"
+            f" say that it does not; {_PEFT}."
         )
     if len(found) != 1:
         raise CheckpointError(
@@ -125,18 +131,6 @@ def stored_name(ckpt: Checkpoint, module: str) -> str:
             " adapter was trained on."
         )
     return found[0]
-
-
-def _read_config(root: Path) -> dict[str, Any]:
-    try:
-        config = strict_json((root / CONFIG).read_bytes())
-    except OSError as problem:
-        raise CheckpointError(f"{CONFIG} cannot be read: {problem.strerror}.") from problem
-    except ValueError as problem:
-        raise CheckpointError(f"{CONFIG} cannot be used: {problem}; download the adapter again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{CONFIG} is not a JSON object; download the adapter again.")
-    return config
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
@@ -172,7 +166,56 @@ def _pairs(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iter
     for module, half in sorted(halves.items()):
         if half.keys() != {"A", "B"} or half["A"].shape[0] != half["B"].shape[1] or not half["A"].shape[0]:
             raise CheckpointError(f"The adapter's matrices of '{module}' do not fit one another; save it again.")
+        if module.rpartition(".")[2] in _EMBEDDINGS or not _is_loaded(config, module):
+            raise CheckpointError(
+                f"The adapter stores matrices for '{module}', which PEFT would leave out: target_modules and its like"
+                f" in {CONFIG} do not name it, or it is an embedding; save the adapter again."
+            )
         yield Pair(module, half["A"], half["B"], _scale(config, module, half["A"].shape[0]))
+
+
+def _is_loaded(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT adds the adapter to a module, as its `check_target_module_exists` decides.
+
+    Matrices of other modules it passes over without a word: with them added, a model would be measured that nobody
+    serves.
+    """
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if config.get("exclude_modules") and _is_named(config, "exclude_modules", module):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return module.rpartition(".")[2] not in _HEADS
+    if not targets or not _is_named(config, "target_modules", module):
+        return False
+    if isinstance(targets, str) or module in targets or layers is None or layers == []:
+        return True
+    return _layer_of(config, module) in (layers if isinstance(layers, list) else [layers])
+
+
+def _is_named(config: Mapping[str, Any], entry: str, module: str) -> bool:
+    """Whether an entry of adapter_config.json, a regular expression or a list of ends of names, means a module."""
+    value = config[entry]
+    if isinstance(value, str):
+        if not soon_matched(value, module):
+            raise CheckpointError(f"{CONFIG} has {entry} that memscrub does not read; {_PEFT}.")
+        return re.fullmatch(value, module) is not None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{CONFIG} has no usable {entry}; download or save the adapter again.")
+    return any(module == name or module.endswith(f".{name}") for name in value)
+
+
+def _layer_of(config: Mapping[str, Any], module: str) -> int | None:
+    """The number of a module's layer, found as PEFT finds it: behind a name of `layers_pattern`, or the first one."""
+    names = config.get("layers_pattern") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in names):
+        raise CheckpointError(f"{CONFIG} has a layers_pattern that is more than a name; {_PEFT}.")
+    parts = module.split(".")
+    for name in names or [None]:
+        for at in range(1 if name is None else 0, len(parts) - 2):
+            if parts[at + 1].isdecimal() and name in (None, parts[at]):
+                return int(parts[at + 1])
+    return None
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -18,10 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memscrub.errors import CheckpointError
-from memscrub.storage.files import cache_link_roots, digest_names, is_safe_name, list_files, strict_json, tree_digest
+from memscrub.storage.files import (
+    MAX_JSON,
+    cache_link_roots,
+    digest_names,
+    is_safe_name,
+    list_files,
+    strict_json,
+    tree_digest,
+)
 from memscrub.storage.hub import download, parse_hub_id
 from memscrub.storage.quantized import refuse_quantized
 from memscrub.storage.safetensors_header import TensorInfo, read_header
+from memscrub.storage.untrusted_config import refuse_detours
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +41,6 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-MAX_JSON = 1 << 25
-"""Bytes of config.json or of the index; the largest indices published so far have half of that."""
 
 SKIPPED_DIRECTORIES = frozenset({".git", ".cache"})
 """Version control and download bookkeeping, not the checkpoint; `.git` may hold all weights a second time."""
@@ -78,6 +84,7 @@ def open_checkpoint(source: str | Path, *, quantized: bool = False) -> Checkpoin
     links = (root, *cache_link_roots(root))
     files = list_files(root, error=CheckpointError, link_roots=links, skip=SKIPPED_DIRECTORIES)
     config = _read_config(root, files, str(source))
+    refuse_detours(config, files)
     if not quantized:
         refuse_quantized(config, shlex.quote(str(source)))
     shards, index = _find_shards(root, files)
@@ -113,7 +120,8 @@ def _locate(source: str | Path) -> Path:
     return download(*hub, single=SINGLE, index=INDEX)
 
 
-def _read_object(root: Path, name: str) -> dict[str, Any]:
+def read_object(root: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint or an adapter. Raises CheckpointError where there is none."""
     try:
         if (root / name).stat().st_size > MAX_JSON:  # a sparse file of any size is quickly made
             raise CheckpointError(f"{name} is larger than {MAX_JSON >> 20} MiB; download or save it again.")
@@ -138,7 +146,7 @@ def _read_config(root: Path, files: tuple[str, ...], source: str) -> dict[str, A
                 f"{root} holds both {CONFIG} and {ADAPTER}, and readers differ in what they load; move the adapter to a"
                 " directory of its own."
             )
-        return _read_object(root, CONFIG)
+        return read_object(root, CONFIG)
     if ADAPTER in files:
         raise _adapter_advice(root, shlex.quote(source))
     raise CheckpointError(f"{root} has no {CONFIG}; name the directory of a Hugging Face checkpoint.")
@@ -146,7 +154,7 @@ def _read_config(root: Path, files: tuple[str, ...], source: str) -> dict[str, A
 
 def _adapter_advice(root: Path, where: str) -> CheckpointError:
     """What to do with an adapter; the base it names is a stranger's text, shown only where it is a plain name."""
-    base = _read_object(root, ADAPTER).get("base_model_name_or_path")
+    base = read_object(root, ADAPTER).get("base_model_name_or_path")
     known = base if isinstance(base, str) and re.fullmatch(r"[\w./@-]{1,100}", base, re.ASCII) else "BASE"
     return CheckpointError(
         f"{where} is an adapter and not a whole checkpoint; scan it with `memscrub scan {known} --adapter {where}`, or"
@@ -155,9 +163,13 @@ def _adapter_advice(root: Path, where: str) -> CheckpointError:
 
 
 def _refuse_narrow(tensors: Mapping[str, TensorInfo]) -> None:
-    """Refuse weights of 8 bits or fewer that config.json does not call quantized: without scales they mean nothing."""
+    """Refuse weights of 8 bits or fewer, and weights that are no floats, which config.json does not call quantized.
+
+    Without scales they mean nothing. Tensors that are no weights (masks, for example) may have any dtype.
+    """
     for name, info in tensors.items():
-        if info.dtype.startswith(("F8_", "F6_")) or info.dtype == "F4":
+        whole = name.endswith(".weight") and info.dtype not in ("F64", "F32", "F16", "BF16")
+        if whole or info.dtype.startswith(("F8_", "F6_")) or info.dtype == "F4":
             raise CheckpointError(
                 f"The tensor {name!r} is stored as {info.dtype}, but config.json names no quantization_config; download"
                 " the checkpoint again, or use the original that it was made from."
@@ -183,7 +195,7 @@ def _find_shards(root: Path, files: tuple[str, ...]) -> tuple[tuple[str, ...], d
                 " transformers 4, save them with `save_pretrained` and use the result."
             )
         raise CheckpointError(f"{root} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
-    index = _read_object(root, INDEX).get("weight_map")
+    index = read_object(root, INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names; save the checkpoint again.")
     present = set(files)

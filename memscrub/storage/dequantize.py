@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from memscrub.errors import CheckpointError, IncompleteError, NumericalError
 from memscrub.storage.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint, read_tensor
@@ -73,7 +73,7 @@ def dequantize(ckpt: Checkpoint, out: Path, *, overwrite: bool = False) -> Dequa
                 (partial.path / shard).parent.mkdir(parents=True, exist_ok=True)
                 with (partial.path / shard).open("xb") as file:
                     _write_shard(file, ckpt, shard, entries, dtype)
-            _write_config(ckpt, partial.path)
+            _write_config(ckpt, partial.path, dtype)
             if INDEX in ckpt.files:
                 _write_index(partial.path, contents, dtype, ckpt)
             size = sum(path.stat().st_size for path in partial.path.rglob("*") if path.is_file())
@@ -141,8 +141,11 @@ def _check_space(ckpt: Checkpoint, contents: Mapping[str, list[Full | str]], dty
 def _write_shard(file: BinaryIO, ckpt: Checkpoint, shard: str, entries: list[Full | str], dtype: torch.dtype) -> None:
     """One safetensors file: the header, then one tensor after the other."""
     header: dict[str, object] = {}
-    with safe_open(ckpt.path / shard, framework="pt") as source:
-        metadata = source.metadata()
+    try:
+        with safe_open(ckpt.path / shard, framework="pt") as source:
+            metadata = source.metadata()
+    except SafetensorError as problem:  # the library is stricter than JSON: no half of a surrogate pair, no -0
+        raise CheckpointError(f"{shard} cannot be read: {problem}; save the checkpoint again.") from None
     if metadata:
         header["__metadata__"] = metadata
     position = 0
@@ -182,11 +185,15 @@ def _bytes(entry: Full | str, ckpt: Checkpoint, dtype: torch.dtype) -> Iterator[
     yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_config(ckpt: Checkpoint, out: Path) -> None:
+def _write_config(ckpt: Checkpoint, out: Path, dtype: torch.dtype) -> None:
     config = {
         key: value for key, value in ckpt.config.items() if key not in ("quantization_config", "compression_config")
     }
-    (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(config.get(key), str):  # one of few bits would have readers narrow the weights again
+            config[key] = str(dtype).removeprefix("torch.")
+    # Not every string that JSON can spell is UTF-8: ASCII with escapes keeps them all.
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_index(out: Path, contents: Mapping[str, list[Full | str]], dtype: torch.dtype, ckpt: Checkpoint) -> None:

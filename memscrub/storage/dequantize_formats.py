@@ -22,6 +22,7 @@ from torch import Tensor
 from memscrub.errors import CheckpointError, UsageError
 from memscrub.storage.checkpoint import TensorInfo
 from memscrub.storage.quantized import method_of
+from memscrub.storage.untrusted_config import soon_matched
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import (  # type: ignore[import-untyped]
@@ -38,6 +39,8 @@ _FOR_ACTIVATIONS = (
     *("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale"),
     *("output_zero_point", "k_scale", "v_scale", "q_scale"),
 )
+_UNUSABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FORMATS = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
 
 
@@ -103,6 +106,11 @@ def _plan_fp8(quantization: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
         name = scale.removesuffix("_scale_inv")
         if name not in tensors or not tensors[name].dtype.startswith("F8_E"):
             raise CheckpointError(f"The scale {scale!r} has no 8-bit weight beside it; download the checkpoint again.")
+        if tensors[scale].dtype not in _FLOATS | {"F8_E8M0"}:  # bare exponents, for example, would be taken for factors
+            raise CheckpointError(
+                f"The scale {scale!r} is stored as {tensors[scale].dtype}, which memscrub does not read; use the"
+                " original that the checkpoint was made from."
+            )
         _check_grid(tensors[name], tensors[scale], block)
         plan.append(Full(name, tensors[name].shape, (name, scale), partial(_full_fp8, name, scale, block)))
     return plan
@@ -198,7 +206,7 @@ def _plan_compressed(quantization: Mapping[str, Any], tensors: Mapping[str, Tens
 def _stated_shape(module: str, tensors: Mapping[str, TensorInfo], read: Reader) -> tuple[int, ...]:
     """What `weight_shape` says, where it fits the packed weight: a stated size must not decide what is allocated."""
     packed, name = tensors[f"{module}.weight_packed"].shape, f"{module}.weight_shape"
-    if name in tensors and tensors[name].shape == (2,) and len(packed) == 2:
+    if name in tensors and tensors[name].shape == (2,) and tensors[name].dtype in ("I64", "I32") and len(packed) == 2:
         rows, columns = (int(size) for size in read(name))
         if rows == packed[0] and 0 < columns <= packed[1] * 32:
             return rows, columns
@@ -222,7 +230,7 @@ def _compressed_config(quantization: Mapping[str, Any]) -> QuantizationConfig:
     known = {key: value for key, value in quantization.items() if key in QuantizationConfig.model_fields}
     try:
         return QuantizationConfig.model_validate(known)
-    except ValueError:  # pydantic's ValidationError is one
+    except (ValueError, KeyError):  # pydantic's ValidationError is a ValueError; an unknown preset is a KeyError
         raise CheckpointError(
             "The quantization_config of config.json is not one that compressed-tensors reads; download it again."
         ) from None
@@ -234,6 +242,12 @@ def _scheme_of(config: QuantizationConfig, module: str) -> tuple[QuantizationSch
     from compressed_tensors.utils.match import match_name  # type: ignore[import-untyped]
 
     schemes = [scheme for scheme in config.config_groups.values() if not isinstance(scheme, list)]
+    patterns = [target[3:] for scheme in schemes for target in scheme.targets if target.startswith("re:")]
+    if not all(soon_matched(pattern, module) for pattern in patterns):
+        raise CheckpointError(
+            "The quantization_config of config.json names modules by a pattern that memscrub does not read; use the"
+            " original."
+        )
     named = [scheme for scheme in schemes if any(match_name(module, target) for target in scheme.targets)]
     # "Linear" and the like name a class, which every quantized module is of.
     general = [scheme for scheme in schemes if any(target.isidentifier() for target in scheme.targets)]
@@ -258,7 +272,7 @@ def _full_compressed(module: str, parts: Sequence[str], scheme: QuantizationSche
     state = {part.removeprefix(f"{module}."): read(part) for part in parts}
     try:
         full: Tensor = BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError) as problem:
+    except _UNUSABLE as problem:
         raise CheckpointError(
             f"'{module}' cannot be decompressed ({type(problem).__name__}); download the checkpoint again."
         ) from problem

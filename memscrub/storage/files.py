@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import stat
 import tempfile
@@ -25,6 +26,10 @@ from memscrub.errors import IncompleteError, MemscrubError, OutputError
 CHUNK = 8 << 20
 """Bytes read at a time: large enough for disk speed, small enough that eight threads stay under 64 MiB."""
 
+MAX_JSON = 1 << 25
+"""Bytes of config.json, of an index or of an adapter's configuration; the largest indices published so far have half of
+that."""
+
 # Bytes that the system is asked to copy at a time, and what it answers where it cannot copy between these files.
 _COPIED = 1 << 30
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
@@ -38,10 +43,13 @@ def strict_json(data: bytes) -> Any:
     """Parse UTF-8 JSON that can be read in one way only.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, a key twice in one object, or NaN/Infinity.
+        ValueError: not UTF-8, not JSON, nested too deeply, a key twice in one object, NaN/Infinity, or a number that
+            would become infinite.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
@@ -60,6 +68,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # 1e999: infinity to some readers, a mistake to others
+        raise ValueError("a number is too large")
+    return value
 
 
 def is_safe_name(name: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memscrub.errors import CheckpointError, IncompleteError
-from memscrub.storage.files import is_safe_name, strict_json
+from memscrub.storage.files import MAX_JSON, is_safe_name, strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,8 @@ def download(repo_id: str, revision: str | None, *, single: str, index: str) -> 
 def _indexed(path: Path) -> tuple[str, ...]:
     """The files that an index names, as far as it can be read; whoever opens the checkpoint checks the rest."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            return ()
         weight_map = strict_json(path.read_bytes())["weight_map"]
         names = {name for name in weight_map.values() if isinstance(name, str)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -20,6 +20,8 @@ from types import TracebackType
 from memscrub.errors import IncompleteError, OutputError, would_repeat
 from memscrub.storage.files import cache_link_roots
 
+_IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 @contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
@@ -37,7 +39,7 @@ def disk_errors(place: Path) -> Iterator[None]:
             raise IncompleteError(f"No space is left for {place}; free some space and run again.") from problem
         if problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise OutputError(f"{name} cannot be written ({problem.strerror}); choose another place.") from problem
-        if problem.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP):
+        if problem.errno in _IN_THE_WAY:
             raise OutputError(f"{name} cannot be used ({problem.strerror}); choose another place.") from problem
         raise IncompleteError(f"{name} could not be read or written: {problem.strerror or problem}.") from problem
 
@@ -56,9 +58,10 @@ def refuse_overlap(out: Path, source: Path) -> None:
 class PartialDirectory:
     """`DIR.partial/`, which becomes `DIR` on `commit()` and disappears otherwise.
 
-    `overwrite` lets `commit` replace an existing checkpoint directory. `keep` leaves the partial directory in
-    place when the run fails, unless it would only fail in the same way again. `inputs` must not overlap `DIR`. Of a
-    dead run's partial directory, only the files that `resume` names survive; it is asked when the lock is held.
+    `overwrite` lets `commit` replace an existing checkpoint directory. `inputs` must not overlap `DIR`. Of a dead
+    run's partial directory, only the files that `resume` names survive; it is asked when the lock is held. `keep`,
+    set while it is open, leaves the partial directory in place when the run fails, unless it would fail in the same
+    way again.
 
     Raises:
         OutputError: `DIR` exists, another run is writing it, it overlaps an input, or it is not writable.
@@ -70,7 +73,6 @@ class PartialDirectory:
         out: str | Path,
         *,
         overwrite: bool = False,
-        keep: bool = False,
         inputs: Collection[Path] = (),
         resume: Callable[[Path], Collection[str]] = lambda path: (),
     ) -> None:
@@ -80,15 +82,16 @@ class PartialDirectory:
             raise OutputError(f"{out} does not name a new directory; choose another place.")
         self.target = _real(given.parent) / given.name
         self.path = self.target.with_name(self.target.name + ".partial")
-        self.overwrite, self.keep, self._resume = overwrite, keep, resume
+        self.overwrite, self._resume = overwrite, resume
+        self.keep = False
         self.committed = False
         self._lock: int | None = None
-        self._leftovers = False
+        self._leftovers = self._exchanged = False
         self._lock_path = self.target.with_name(self.target.name + ".lock")
         self._replaced = self.target.with_name(self.target.name + ".replaced")
         for source in inputs:
-            refuse_overlap(self.target, source)
-            refuse_overlap(self.path, source)
+            for place in (self.target, self.path, self._replaced):
+                refuse_overlap(place, source)
 
     def __enter__(self) -> PartialDirectory:
         with disk_errors(self.target):
@@ -98,9 +101,10 @@ class PartialDirectory:
             with disk_errors(self.target):
                 if self._leftovers:
                     self._recover()
+                self._refuse_replaced()
                 self._refuse_existing()
                 self._clear()
-        except BaseException:
+        except BaseException:  # an interrupt too must let go of the lock
             self._release()
             raise
         return self
@@ -127,12 +131,14 @@ class PartialDirectory:
             raise OutputError(f"{self.target} is not being written.")
         with disk_errors(self.target):
             _sync_tree(self.path)
+            self._refuse_replaced()
             self._refuse_existing()
-            if self.target.is_dir():
-                os.rename(self.target, self._replaced)
             try:
+                if self.target.is_dir():
+                    self._exchanged = True
+                    os.rename(self.target, self._replaced)
                 os.rename(self.path, self.target)
-            except BaseException:  # an interrupt between the two renames must not lose the old directory either
+            except BaseException:  # an interrupt in either of the two renames must not lose the old directory
                 self._recover()
                 raise
             self.committed = True
@@ -175,8 +181,9 @@ class PartialDirectory:
 
     def _release(self) -> None:
         if self._lock is not None:
-            # The file stays behind as the mark of a partial directory that the next run may delete.
-            if not (self._leftovers and self.path.exists()):
+            # The file stays behind as the mark of directories that the next run may delete.
+            left = (self._leftovers and self.path.exists()) or (self._exchanged and self._replaced.exists())
+            if not left:
                 with contextlib.suppress(OSError):
                     self._lock_path.unlink()
             os.close(self._lock)
@@ -190,11 +197,16 @@ class PartialDirectory:
             else:
                 os.rename(self._replaced, self.target)
 
+    def _refuse_replaced(self) -> None:
+        # An exchange ends with its deletion: one that is not left of an exchange of ours is somebody's own.
+        if os.path.lexists(self._replaced):
+            raise OutputError(f"{self._replaced} is in the way, and no run of memscrub left it; rename or delete it.")
+
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.target):
             return
         if not self.overwrite:
-            raise OutputError(f"{self.target} exists already; choose another place or allow overwriting.")
+            raise OutputError(f"{self.target} exists already; choose another place, or replace it with --overwrite.")
         if self.target.is_symlink() or not self.target.is_dir():
             raise OutputError(f"{self.target} is not a directory; choose another place.")
         # Overwriting deletes: a mistyped `--out ~` must not.

@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal
 from memscrub.errors import CheckpointError, IncompleteError, OutputError, SignatureInvalidError, UsageError
 from memscrub.storage.checkpoint import Checkpoint, TensorInfo, digest_files, tree_digest
 from memscrub.storage.files import read_range
+from memscrub.storage.output_file import lies_in
 from memscrub.storage.partial import PartialDirectory, disk_errors, refuse_overlap
 from memscrub.storage.patch import Manifest, PatchedTensor, PatchFile, Rewritten, header_bytes, save_patch
 from memscrub.storage.patch_delta import Axis, difference
@@ -177,7 +178,7 @@ def check_patch_place(path: Path, *, outside: list[Path], overwrite: bool = Fals
         OutputError: `path` exists (without `overwrite`), is in one of these directories, or has no folder.
     """
     for directory in outside:
-        if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        if lies_in(path, directory):
             raise OutputError(
                 f"{path} lies in {directory}, and a patch gives the unedited weights back; keep it apart."
             )
@@ -185,7 +186,7 @@ def check_patch_place(path: Path, *, outside: list[Path], overwrite: bool = Fals
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"{path} cannot be a patch; name a file in a folder that exists.")
     if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{path} exists already; choose another name or allow overwriting.")
+        raise OutputError(f"{path} exists already; choose another name, or replace it with --overwrite.")
 
 
 def _check_same_tensors(base: Checkpoint, scrubbed: Checkpoint) -> None:

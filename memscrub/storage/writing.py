@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,12 @@ __all__ = [
 
 _OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".gguf", ".ggml", ".h5",
-    ".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".nemo",
+    ".msgpack", ".ot", ".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".nemo", ".npy", ".distcp",
+    ".pdparams", ".keras", ".llamafile", ".th", ".pte", ".mar", ".zip", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2",
+    ".tar.xz", ".tar.zst",
 )  # fmt: skip
+# Parts and copies of such files: `model.onnx_data_1`, `variables.data-00000-of-00001`, `model.safetensors.bak`.
+_PART = re.compile(r".+(\.onnx_data_\d+|\.data-\d+-of-\d+|\.(gguf|safetensors|bin)\.[^/]+)", re.IGNORECASE)
 
 # Files written side by side: what keeps a disk and the hashing busy.
 _THREADS = 4
@@ -147,7 +152,8 @@ def is_kept(name: str, ckpt: Checkpoint) -> bool:
     own = name == "model.sig" or name.startswith("memscrub-")
     # The model_signing command line never covers these, so an output that held one would not verify with it.
     git = name in (".gitattributes", ".gitignore") or name.startswith(".github/")
-    return not own and not git and not name.lower().endswith((".dsse.json", *_OTHER_WEIGHTS))
+    weights = name.lower().endswith(_OTHER_WEIGHTS) or (_PART.fullmatch(name) and not name.lower().endswith(".json"))
+    return not own and not git and not weights and not name.lower().endswith(".dsse.json")
 
 
 def _check_space(ckpt: Checkpoint, names: tuple[str, ...], out: Path) -> None:
@@ -189,7 +195,7 @@ def _in_threads(work: Callable[[str], list[TensorChange]], names: Sequence[str])
         futures = [pool.submit(work, name) for name in names]
         try:
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException:  # an interrupt too must not wait for all the files that are left
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -9,18 +9,17 @@ import os
 import resource
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from models import random_text, tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from memscrub.cli.app import main
 from memscrub.storage.checkpoint import CONFIG, INDEX, SINGLE
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -71,13 +70,6 @@ def state(root: Path) -> dict[str, tuple[object, ...]]:
         else:
             found[str(path)] = ("other", path.stat().st_mode)
     return found
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
 
 
 # --- ways to damage a checkpoint ---
@@ -290,7 +282,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(
     before = state(tmp_path)
     for arguments in (("scan", "--report", tmp_path / "r.json"), ("fix", "--out", tmp_path / "out", "--overwrite")):
         command, *options = arguments
-        assert typed(monkeypatch, command, root, "--policy", good / "policy.toml", *options) == code
+        assert run(monkeypatch, command, root, "--policy", good / "policy.toml", *options) == code
         shown = capsys.readouterr()
         message = shown.err[shown.err.index("memscrub:") :].strip()
         assert sentence in message, message
@@ -302,7 +294,7 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_written(
 def test_a_file_in_place_of_a_directory(
     good: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert typed(monkeypatch, "scan", good / "single" / name, "--policy", good / "policy.toml") == USAGE
+    assert run(monkeypatch, "scan", good / "single" / name, "--policy", good / "policy.toml") == USAGE
     assert "is not a directory; name the directory that holds config.json" in capsys.readouterr().err
 
 
@@ -313,7 +305,7 @@ def test_mining_with_another_models_tokenizer(
     other_tokenizer(tmp_path / "ckpt")
     before = state(tmp_path)
     options = ("--corpus", good / "retain.txt", "--out", tmp_path / "mined.jsonl", "--run", "8", "--overlap", "16")
-    assert typed(monkeypatch, "mine", tmp_path / "ckpt", *options) == USAGE
+    assert run(monkeypatch, "mine", tmp_path / "ckpt", *options) == USAGE
     assert "but the model knows 64 tokens; check that the tokenizer" in capsys.readouterr().err
     assert state(tmp_path) == before
 
@@ -322,8 +314,8 @@ def test_the_checkpoint_undamaged_passes_so_that_each_refusal_above_is_the_damag
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state(good)
-    assert typed(monkeypatch, "scan", good / "ckpt", "--policy", good / "policy.toml", "--quiet") == 0
-    assert typed(monkeypatch, "fix", good / "ckpt", "--policy", good / "policy.toml", "-o", tmp_path / "out", "-q") == 0
+    assert run(monkeypatch, "scan", good / "ckpt", "--policy", good / "policy.toml", "--quiet") == 0
+    assert run(monkeypatch, "fix", good / "ckpt", "--policy", good / "policy.toml", "-o", tmp_path / "out", "-q") == 0
     assert (tmp_path / "out" / B).read_bytes() == (good / "ckpt" / B).read_bytes()
     assert state(good) == before
 
@@ -334,7 +326,8 @@ def test_the_checkpoint_undamaged_passes_so_that_each_refusal_above_is_the_damag
 def adapter(root: Path) -> Path:
     """A LoRA adapter of the checkpoint, as small as they come."""
     root.mkdir()
-    (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["down_proj"]}
+    (root / "adapter_config.json").write_text(json.dumps(settings))
     name = f"base_model.model.{DOWN.removesuffix('.weight')}"
     save_file(
         {f"{name}.lora_A.weight": torch.ones(1, 48), f"{name}.lora_B.weight": torch.ones(32, 1)},
@@ -411,7 +404,7 @@ def test_a_folder_that_is_read_only(
     folder.chmod(0o555)
     try:
         with permissions_bind():
-            assert typed(monkeypatch, *arguments) == USAGE
+            assert run(monkeypatch, *arguments) == USAGE
     finally:
         folder.chmod(0o755)
     message = capsys.readouterr().err
@@ -437,11 +430,11 @@ def test_a_disk_that_fills_up_in_the_middle(
         arguments = (*arguments, "--overwrite")
     before = state(tmp_path), state(good)
     with a_full_disk((good / "ckpt" / A).stat().st_size // 2):
-        assert typed(monkeypatch, *arguments) == INCOMPLETE
+        assert run(monkeypatch, *arguments) == INCOMPLETE
     message = capsys.readouterr().err
     assert "File too large" in message and message.count("memscrub:") == 1 and "Traceback" not in message
     assert (state(tmp_path), state(good)) == before
-    assert typed(monkeypatch, *arguments) == 0  # nothing is left that stands in the way of another try
+    assert run(monkeypatch, *arguments) == 0  # nothing is left that stands in the way of another try
     assert not list(tmp_path.glob("out.*")) and (out / CONFIG).is_file()
     assert state(good) == before[1]
 
@@ -454,6 +447,6 @@ def test_a_disk_that_is_too_small_from_the_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     arguments = writers(good, tmp_path, tmp_path / "out")[command]
     before = state(tmp_path), state(good)
-    assert typed(monkeypatch, *arguments) == INCOMPLETE
+    assert run(monkeypatch, *arguments) == INCOMPLETE
     assert "are free; free some space." in capsys.readouterr().err
     assert (state(tmp_path), state(good)) == before

@@ -18,11 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memscrub.cli.options import passphrase
 from memscrub.errors import CheckpointError, MemscrubError, PolicyError, ProtectedTextError, UsageError
 from memscrub.policy.document import load_policy, parse_policy
+from memscrub.proof.keys import PASSWORD_VARIABLE, load_private_key
 from memscrub.proof.signing import generate_keypair, verify_directory
+from memscrub.reports.baseline import load_baseline
+from memscrub.reports.basis import report_key
 from memscrub.reports.report import load_report
+from memscrub.storage.adapters import open_adapter
 from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.storage.hub import _indexed
 from memscrub.texts.corpora import find_files, read_file
 from memscrub.texts.normal_form import nfc
 from memscrub.texts.protected import load_protected, load_texts
@@ -100,6 +106,21 @@ def test_json_of_a_checkpoint_that_is_a_terabyte_of_nothing_is_refused_unread(tm
         open_checkpoint(tmp_path)
 
 
+def test_the_configuration_of_an_adapter_is_bounded_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with (tmp_path / "adapter_config.json").open("wb") as file:
+        file.truncate(1 << 40)
+    for opened in (open_adapter, open_checkpoint):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json is larger than 32 MiB"):
+            opened(tmp_path)
+
+
+def test_an_index_from_the_hub_is_not_read_beyond_the_limit(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert _indexed(tmp_path / "model.safetensors.index.json") == ()
+
+
 def test_reports_policies_and_signatures_that_are_a_terabyte_of_nothing_are_refused_unread(tmp_path: Path) -> None:
     generate_keypair(tmp_path / "key.pem", tmp_path / "key.pub")
     (tmp_path / "model").mkdir()
@@ -108,10 +129,29 @@ def test_reports_policies_and_signatures_that_are_a_terabyte_of_nothing_are_refu
             file.truncate(1 << 40)
     with pytest.raises(UsageError, match="larger than 256 MiB, so not a report"):
         load_report(tmp_path / "report.json")
+    with pytest.raises(UsageError, match="larger than 256 MiB, so not a report"):
+        load_baseline(tmp_path / "report.json")
     with pytest.raises(PolicyError, match="larger than 64 KiB"):
         load_policy(tmp_path / "policy.toml")
     with pytest.raises(MemscrubError, match="too large"):
         verify_directory(tmp_path / "model", tmp_path / "key.pub")
+
+
+def test_keys_that_are_a_terabyte_of_nothing_are_not_read_to_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "endless.key").open("wb") as file:
+        file.truncate(1 << 40)
+    policy = tmp_path / "policy.toml"
+    (tmp_path / "texts.jsonl").write_text("{}\n")
+    policy.write_text(f"{HEAD}max_verbatim_tokens = 4\n[report]\nkey = 'endless.key'\n")
+    with pytest.raises(UsageError, match="larger than 1 MiB, so not a report key"):
+        report_key(load_policy(policy))
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert passphrase(tmp_path / "endless.key") is None
+    with pytest.raises(UsageError, match="is not a PEM private key"):
+        load_private_key(tmp_path / "endless.key", None)
 
 
 def test_a_header_that_is_mostly_brackets_takes_no_gigabyte(tmp_path: Path) -> None:

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import FAMILIES, opened, tiny_checkpoint
+import torch
+from models import FAMILIES, opened, tiny_checkpoint, token_text
+from safetensors.torch import load_file, save_file
 
-from memscrub.errors import MemscrubError
+from memscrub.errors import CheckpointError, IncompleteError, MemscrubError
+from memscrub.models.tokens import blocks
+from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.storage.untrusted_config import Reading
+from memscrub.texts.protected import Document
 
 VALUES: tuple[Any, ...] = (0, -1, 10**9, 10**30, 1.5, None, "x", [], {})
 
@@ -82,3 +88,94 @@ def test_a_tokenizer_that_is_none_is_one_refusal(tokenizer: object, tmp_path: Pa
     root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
     (root / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert reload(root) is None
+
+
+DECOY = "shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("entry", "copied", "words"),
+    [
+        ({"transformers_weights": "decoy.safetensors"}, "decoy.safetensors", r"\(transformers_weights\)"),
+        ({"configuration_files": ["config.4.0.0.json"]}, None, r"\(configuration_files\)"),
+        ({}, DECOY, f"^{DECOY} is a part of a training checkpoint"),
+    ],
+)
+def test_other_weights_or_settings_than_those_that_were_looked_at_are_never_measured(
+    entry: dict[str, Any], copied: str | None, words: str, tmp_path: Path
+) -> None:
+    """transformers would load them, and most other readers what lies in the usual place."""
+    root, other = tiny_checkpoint(tmp_path / "c", "llama", seed=1), tiny_checkpoint(tmp_path / "o", "llama", seed=2)
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps(config | entry))
+    (root / "config.4.0.0.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    if copied is not None:
+        (root / copied).write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(root)
+
+
+def test_a_tokenizer_from_outside_the_directory_is_not_read(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    (root / "tokenizer.json").rename(tmp_path / "tokenizer.4.0.0.json")
+    settings = json.loads((root / "tokenizer_config.json").read_text())
+    settings["fast_tokenizer_files"] = ["../tokenizer.4.0.0.json"]
+    (root / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="fast_tokenizer_files"):
+        opened(root)
+
+
+def test_a_tokenizer_that_cannot_say_which_characters_a_token_is_is_refused(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    (root / "tokenizer.json").unlink()
+    (root / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    with pytest.raises(CheckpointError, match="ByT5Tokenizer"):
+        opened(root)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},  # a panic while it is loaded
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # a panic at the first text
+        {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "none"}},  # an exception at the first text
+    ],
+)
+def test_a_tokenizer_that_breaks_down_is_one_refusal_without_the_text(broken: dict[str, Any], tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    whole = json.loads((root / "tokenizer.json").read_text())
+    (root / "tokenizer.json").write_text(json.dumps(whole | broken))
+    with pytest.raises(CheckpointError) as caught:
+        token_text(opened(root), "w01 secretword")
+    assert "secretword" not in str(caught.value)
+    with pytest.raises(CheckpointError):
+        blocks(opened(root), [Document("w01 secretword", "retain.txt", 1)])
+
+
+@pytest.mark.parametrize("change", [('"__metadata__":{', '"__metadata__":{"x":"\\ud800",'), ("[0,", "[-0,")])
+def test_a_header_that_only_the_library_refuses_is_one_refusal(change: tuple[str, str], tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    data = (root / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode().replace(*change, 1).encode()
+    assert header != data[8 : 8 + length]
+    (root / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(CheckpointError, match="transformers cannot load this checkpoint"):
+        opened(root)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_not_measured(dtype: torch.dtype, tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    tensors = load_file(root / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, root / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}' is stored as"):
+        open_checkpoint(root)
+    save_file(tensors | {"mask": torch.ones(2, 2).to(dtype)}, root / "model.safetensors")
+    open_checkpoint(root)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteError, match="out of memory while it was loaded"), Reading(tmp_path):
+        torch.empty(1 << 60, dtype=torch.uint8)

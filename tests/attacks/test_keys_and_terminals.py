@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from memscrub.cli.app import main
 from memscrub.errors import LONGEST_MESSAGE, MemscrubError, UsageError, printable
 from memscrub.policy.document import load_policy
 from memscrub.proof.keys import generate_keypair, load_private_key
@@ -20,14 +19,6 @@ from memscrub.texts.protected import load_protected
 PASSWORD = "Zebra-hunter2-Quilt"
 EVIL = "\x1b]0;owned\x07\x1b[2J\u009b31m\u202e\r"
 POLICY = 'schema = 1\nname = "x"\n[protected]\nfiles = ["{}"]\n[class.a]\nmax_verbatim_tokens = 4\n'
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `memscrub ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["memscrub", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
 
 
 def test_a_private_key_is_for_its_owner_only_whatever_the_umask(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import command_line
 import pytest
 from leaks import leaks, readable
 from models import WORDS, ids_of, random_text, tiny_checkpoint
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
-
-from memscrub.cli.app import main
 
 WORDY = random_text(101, 24)
 SECRET = random_text(102, 24)
@@ -72,8 +71,8 @@ class World:
     codes: dict[str, int] = field(default_factory=dict)
 
     def run(self, name: str, *arguments: str) -> int:
-        with _captured() as output, _journals_kept(self.folder):
-            code = _exit_code(arguments)
+        with _captured() as output, _journals_kept(self.folder), pytest.MonkeyPatch.context() as patch:
+            code = command_line.run(patch, *arguments)
         self.said[name] = output()
         self.codes[name] = code
         return code
@@ -98,18 +97,6 @@ INPUTS = {
     REVEALED,
     *MINED,
 }
-
-
-def _exit_code(arguments: tuple[str, ...]) -> int:
-    before = sys.argv
-    sys.argv = ["memscrub", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    raise AssertionError("the command line did not exit")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from memscrub import errors
 from memscrub.policy import mistakes as policy_errors
 from memscrub.policy import toml_lines
 from memscrub.reports import report
-from memscrub.storage import checkpoint, safetensors_header
+from memscrub.storage import files, safetensors_header
 from memscrub.texts import corpora, text_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,7 +49,7 @@ def test_the_limits_on_the_page_are_those_of_the_code() -> None:
     stated = {
         "64 KiB": policy_errors.MAX_BYTES,
         "32 dotted": toml_lines.MAX_PARTS,
-        "32 MiB": checkpoint.MAX_JSON,
+        "32 MiB": files.MAX_JSON,
         "16 MiB": safetensors_header.MAX_HEADER,
         "256 MiB": report.MAX_BYTES,
         "2000 characters": errors.LONGEST_MESSAGE,
