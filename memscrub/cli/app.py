@@ -34,16 +34,6 @@ from memscrub.cli.output import progress_shown
 from memscrub.errors import ExitCode, IncompleteError, MemscrubError, printable
 from memscrub.journals.interrupts import catch_signals
 
-app = typer.Typer(
-    name="memscrub",
-    help="Measure which protected texts a checkpoint gives away, edit them out, prove it, and gate releases.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 # The base of typer's usage errors: click's own class or, in typer from 0.26 on, the copy that typer carries.
 _USAGE_MISTAKE: type[Any] = typer.BadParameter.__bases__[0]
 
@@ -55,7 +45,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     catch_signals()
     try:
-        status = app(standalone_mode=False)
+        status = _application()(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except MemscrubError as error:
         _end(str(error), error.exit_code)
@@ -93,7 +83,6 @@ def _end(sentence: str, code: ExitCode) -> NoReturn:
     sys.exit(int(code))
 
 
-@app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
@@ -150,24 +139,37 @@ def demo(
     raise typer.Exit(done.fixed.report.verdict.exit_code)
 
 
-# A command is called as its function is; in the order of the help.
-for _command in (
-    init_command.init,
-    scan_command.scan,
-    mine_command.mine,
-    fix_command.fix,
-    gate_command.gate,
-    policy_command.policy,
-    verify_command.verify,
-    verify_command.keygen,
-    doctor,
-    demo,
-    bench_command.bench,
-    patch_command.diff,
-    patch_command.apply,
-    patch_command.revert,
-    report_command.report,
-    prepare_command.dequantize,
-    prepare_command.merge,
-):
-    app.command()(_command)
+def _application() -> typer.Typer:
+    """All commands, in the order of the help; each is called as its function is."""
+    app = typer.Typer(
+        name="memscrub",
+        help="Measure which protected texts a checkpoint gives away, edit them out, prove it, and gate releases.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_version)
+    commands = (
+        init_command.init,
+        scan_command.scan,
+        mine_command.mine,
+        fix_command.fix,
+        gate_command.gate,
+        policy_command.policy,
+        verify_command.verify,
+        verify_command.keygen,
+        doctor,
+        demo,
+        bench_command.bench,
+        patch_command.diff,
+        patch_command.apply,
+        patch_command.revert,
+        report_command.report,
+        prepare_command.dequantize,
+        prepare_command.merge,
+    )
+    for command in commands:
+        app.command()(command)
+    return app
