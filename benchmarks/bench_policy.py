@@ -1,11 +1,12 @@
 """Lay out a policy for `memscrub bench` on a folder of lists; the texts stay where they are.
 
-    python benchmarks/bench_policy.py FOLDER --out bench-policy [--run 8] [--texts N]
+    python benchmarks/bench_policy.py FOLDER --out bench-policy [--run 8] [--texts N] [--like-controls CLASS]
     memscrub bench CKPT --policy bench-policy/policy.toml --markdown table.md
 
 FOLDER holds protected.jsonl, control.jsonl, retain.txt and, if there are such, neighbours.jsonl and more ordinary
 text as statistics.txt or corpus.jsonl.gz (documents whose `source` begins with "docs/"). Locality limits are wide, so
 that every method gets to show what it does. With --texts only the first N protected texts count, every class in turn.
+Texts of the class named with --like-controls may be no nearer and no likelier than the controls of the class.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ files = ["protected.jsonl"]
 controls = [{controls}]
 [class.copyright]
 max_verbatim_tokens = {run}
-[class.pii]
+{copyright}[class.pii]
 secret = true
 max_verbatim_tokens = {run}
-[probe]
+{pii}[probe]
 prefix_tokens = 32
 suffix_tokens = 32
 [locality]
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", type=int, default=8)
     parser.add_argument("--texts", type=int)
+    parser.add_argument("--like-controls", choices=["copyright", "pii"], action="append", default=[])
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +62,7 @@ def main() -> None:
         (options.out / "statistics.txt").write_text(more, encoding="utf-8")
     policy = POLICY.format(
         run=options.run,
+        **{name: "like_controls = true\n" * (name in options.like_controls) for name in ("copyright", "pii")},
         controls=named(folder / "control.jsonl"),
         retain=named(folder / "retain.txt"),
         statistics='"statistics.txt"' if more else "",

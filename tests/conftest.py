@@ -1,0 +1,12 @@
+"""The order of the tests: the longest begin first, so that processes that share the tests end together."""
+
+from __future__ import annotations
+
+import pytest
+
+LONGEST = {"test_main_job.py", "test_bench.py", "test_editing.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the files with tests of a minute and more to the front; the order is otherwise as it was."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
