@@ -47,11 +47,12 @@ def main() -> None:
     for line in (*by_class(controls, values(rule, inputs.texts)), ""):
         print(line)
     found = rule.figures(done.editable.originals)
-    print("| mode | over the limit | KL | start KL | agreement | perplexity | processor s |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    kept = "-" if found.neighbours_kept is None else f"{found.neighbours_kept:.1%}"
+    print("| mode | over the limit | KL | start KL | agreement | perplexity | neighbours kept | processor s |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     print(
         f"| {options.mode} | {found.over_limit:.1%} | {found.kl:.5f} | {found.start_kl:.3f} | {found.agreement:.3f}"
-        f" | {found.perplexity_ratio:.4f} | {took:.0f} |"
+        f" | {found.perplexity_ratio:.4f} | {kept} | {took:.0f} |"
     )
 
 
