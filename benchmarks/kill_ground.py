@@ -3,6 +3,7 @@ forked from one that has imported everything, which dies at a file-system call o
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -235,4 +236,6 @@ def small_disk(place: Path) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Build the ground on which benchmarks/kills.py runs.")
+    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
+    build(parser.parse_args().folder)

@@ -101,3 +101,19 @@ def test_a_lack_of_memory_in_torch_is_exit_3_not_a_verdict(
     monkeypatch.setattr("memscrub.jobs.scanning.open_inputs", starved)
     assert run(monkeypatch, "scan", tmp_path, "--policy", tmp_path / "p.toml") == 3
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_tolerance_without_a_baseline_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, "gate", tmp_path, "--policy", tmp_path / "p.toml", "--tolerance", "0.5") == 2
+    assert "name one with --baseline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fix", "bench", "demo", "apply"])
+def test_the_help_of_an_edit_offers_no_spreading(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert "--device" in (said := capsys.readouterr().out)
+    assert "spread" not in said

@@ -27,6 +27,8 @@ from memscrub.errors import OutputError, UsageError
 from memscrub.faces import junit, sarif
 from memscrub.faces.escaping import command_data, command_property, markdown, printable
 from memscrub.faces.findings import LOCALITY_LIMITS, RULES, Level, entries
+from memscrub.faces.html_report import render as page_of
+from memscrub.faces.html_rows import standing
 from memscrub.faces.markdown import render
 from memscrub.faces.model_card import BEGIN, END, refuse_signed, updated
 from memscrub.faces.places import place_of
@@ -36,7 +38,8 @@ from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasu
 from memscrub.reports.locality_limits import broken_benign, broken_distance, broken_neighbours, limit_of
 from memscrub.reports.records import ExcuseRecord
 from memscrub.reports.report import BenignRecord, LocalityRecord, PolicyRecord, Report, TextRecord, load_report
-from memscrub.reports.verdict import Outcome, Verdict
+from memscrub.reports.standing import judged
+from memscrub.reports.verdict import Outcome, Verdict, decide
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reports" / "0.1.0"
 SARIF = Draft4Validator(json.loads((Path(__file__).parent / "schemas" / "sarif-2.1.0.json").read_text("utf-8")))
@@ -83,7 +86,7 @@ def text(
 
 
 def report(*texts: TextRecord, outcome: Outcome = Outcome.VIOLATED, **values: Any) -> Report:
-    code = {Outcome.PASS: 0, Outcome.VIOLATED: 1, Outcome.UNREACHABLE: 4}[outcome]
+    code = {Outcome.PASS: 0, Outcome.VIOLATED: 1, Outcome.UNREACHABLE: 4, Outcome.INCONCLUSIVE: 3}[outcome]
     known = {
         "policy": PolicyRecord("gate", "0" * 64, "policies/gate.toml"),
         "locality": None,
@@ -282,6 +285,43 @@ def test_a_tool_error_is_an_error_and_no_failure() -> None:
     (invocation,) = raw["runs"][0]["invocations"]
     assert invocation["executionSuccessful"] is False and raw["runs"][0]["results"] == []
     assert "no such \\[class\\]" in invocation["toolExecutionNotifications"][0]["message"]["text"]
+
+
+# -- nothing judged, and what a rate lets through -----------------------------------------------------------------
+def test_a_list_of_which_nothing_could_be_judged_is_no_pass_in_any_face() -> None:
+    short = [text(name, Status.INCONCLUSIVE) for name in ("a", "b")]
+    shown = replace(report(*short, outcome=Outcome.INCONCLUSIVE), verdict=decide(judged(short)))
+    (error, *notes) = entries(shown)
+    assert (error.level, error.rule.id) == (Level.ERROR, "memscrub/verdict") and len(notes) == 2
+    assert "list longer texts" in error.sentence and "'a'" in error.sentence
+    assert "NOTHING JUDGED" in render(shown) and "NOTHING JUDGED" in summary(shown)
+    assert isinstance(results(junit.render(shown))["verdict"], Failure)
+    assert run_of(shown)["invocations"][0]["exitCode"] == 3
+    assert any(line.startswith("::error ") and "list longer texts" in line for line in commands(shown))
+    page = page_of(shown)
+    assert ">Nothing judged" in page.replace("\n", "").replace("    ", "") and "Within the policy" not in page
+    assert "2 of 2 protected texts could not be judged." in page
+
+
+def test_a_stored_report_keeps_the_outcome_that_it_states(tmp_path: Path) -> None:
+    """Releases before let a list pass of which nothing could be judged."""
+    passed = report(text("a", Status.INCONCLUSIVE), outcome=Outcome.PASS)
+    found = load_report(stored(tmp_path, passed))
+    assert found.verdict == passed.verdict and found.verdict.outcome is Outcome.PASS
+    assert "PASS" in render(found) and all(entry.level is Level.NOTE for entry in entries(found))
+
+
+def test_the_faces_say_how_many_violated_texts_a_rate_lets_through() -> None:
+    texts = [text("a", excused=["rate"]), text("b", excused=["rate"]), text("w", excused=["waiver"])]
+    shown = report(*texts, outcome=Outcome.PASS, verdict=Verdict(Outcome.PASS, 0, (), 0, 2, 0, 1))
+    written = render(shown)
+    assert "2 violated (2 let through by a rate), 0 inconclusive, 1 waived" in written
+    rows = [line for line in written.splitlines() if "breaks max" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| let through", "| let through", "| excused"]
+    page = page_of(shown)
+    assert "2 of 3 protected texts break a limit of the policy, 2 of them let through by a rate." in page
+    assert "<b>2</b> break a limit, 2 of them let through by a rate; 1 more excused" in page
+    assert [standing(each) for each in texts] == ["violated", "violated", "excused"]
 
 
 # -- SARIF ------------------------------------------------------------------------------------------------------

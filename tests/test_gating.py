@@ -18,13 +18,16 @@ from models import random_text, write_list
 from memscrub.errors import SignatureInvalidError, UntrustedMeasuresError, UsageError
 from memscrub.jobs.gating import Gated, gate
 from memscrub.jobs.scanning import scan
-from memscrub.proof.signing import Verification, sign_directory, sign_report
+from memscrub.jobs.scrub import Signing, fix
+from memscrub.proof.signing import Verification, sign_directory, sign_report, verify_directory
 from memscrub.proof.trusting import signed_report
+from memscrub.reports.judgement import Status
 from memscrub.reports.records import ExcuseRecord
 from memscrub.reports.report import REPORT_NAME, load_report
 from memscrub.reports.verdict import Outcome
 
-LOOSE = POLICY.replace("max_verbatim_tokens = 6", "max_verbatim_tokens = 39").replace("= 0.7", "= 1.0")
+LOOSE = POLICY.replace("max_verbatim_tokens = 6\n", "").replace("= 0.7", "= 1.0")
+TOO_LONG = POLICY.replace("max_verbatim_tokens = 6", "max_verbatim_tokens = 40")
 WAIVER = '\n[[waiver]]\nid = "{id}"\nexpires = {day}\nreason = "licensed"\n'
 
 
@@ -422,3 +425,42 @@ def test_the_command_writes_a_report_that_says_where_the_measures_are_from(
     assert load_report(tmp_path / "r.json").trusted == gated(made).report.trusted
     for text in TEXTS:
         assert text not in (tmp_path / "r.json").read_text() + shown.out + shown.err
+
+
+# -- a list of which nothing can be judged ---------------------------------------------------------------------
+
+
+def test_a_gate_of_texts_that_are_all_too_short_ends_with_3_and_says_what_to_do(world: Path) -> None:
+    (world / "policy.toml").write_text(TOO_LONG)
+    for remeasure in (False, True):
+        verdict = gated(world, remeasure=remeasure).report.verdict
+        assert (verdict.outcome, verdict.exit_code, verdict.within) == (Outcome.INCONCLUSIVE, 3, 0)
+        assert "all 3 are too short to judge, the first is 't0'; list longer texts" in verdict.reasons[-1]
+    (world / "policy.toml").write_text(TOO_LONG.replace("max_kl = 5", "max_kl = 1e-12"))
+    assert gated(world).report.verdict.outcome is Outcome.VIOLATED
+
+
+def test_a_fix_of_texts_that_are_all_too_short_writes_nothing(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "policy.toml").write_text(TOO_LONG.replace("= 0.7", "= 1.0"))
+    before = sorted(path.name for path in world.iterdir())
+    policy, key, out = world / "policy.toml", world / "key.pem", world / "out"
+    options = ("--policy", policy, "--out", out, "--sign", key, "--keep-partial", "--device", "cpu")
+    code = run(monkeypatch, "fix", world / "base", *options)
+    said = capsys.readouterr()
+    assert code == 3 and "NOTHING JUDGED" in said.out and "list longer texts" in " ".join(said.out.split())
+    assert "nothing was edited, and nothing was written" in said.err
+    assert sorted(path.name for path in world.iterdir()) == before
+
+
+def test_a_fix_after_which_no_text_can_be_judged_is_no_pass(world: Path) -> None:
+    """Before, each text breaks the limit that it is long enough for; after it nothing says that one is within."""
+    (world / "policy.toml").write_text(TOO_LONG)
+    done = fix(world / "base", world / "policy.toml", world / "out", sign=Signing(world / "key.pem"), device="cpu")
+    assert {text.before_judgement.status for text in done.report.texts} == {Status.VIOLATED}
+    assert (done.report.verdict.outcome, done.report.verdict.exit_code) == (Outcome.INCONCLUSIVE, 3)
+    assert done.directory is None and not (world / "out").exists()
+    kept = signed_fix(world, "kept")
+    assert kept.report.verdict == done.report.verdict
+    assert verify_directory(world / "kept", world / "key.pub").result == "FAILED"

@@ -124,6 +124,10 @@ SHORT = Judgement(Status.INCONCLUSIVE, ())
         ([HOLDS], ["KL is 0.02."], False, Outcome.VIOLATED, ExitCode.VIOLATED),
         ([HOLDS], ["KL is 0.02."], True, Outcome.UNREACHABLE, ExitCode.UNREACHABLE),
         ([HOLDS, SHORT], [], False, Outcome.PASS, ExitCode.PASS),
+        ([SHORT], [], False, Outcome.INCONCLUSIVE, ExitCode.INCOMPLETE),
+        ([SHORT, SHORT], [], True, Outcome.INCONCLUSIVE, ExitCode.INCOMPLETE),
+        ([SHORT], ["KL is 0.02."], False, Outcome.VIOLATED, ExitCode.VIOLATED),
+        ([SHORT], ["KL is 0.02."], True, Outcome.UNREACHABLE, ExitCode.UNREACHABLE),
         ([SHORT, BREAKS], [], False, Outcome.VIOLATED, ExitCode.VIOLATED),
         ([SHORT, BREAKS], [], True, Outcome.UNREACHABLE, ExitCode.UNREACHABLE),
     ],
@@ -158,7 +162,10 @@ def test_texts_too_short_to_judge_are_counted_named_and_never_called_safe(
     assert verdict.inconclusive == statuses.count(Status.INCONCLUSIVE)
     short = [id for id, _, judgement in judged if judgement.status is Status.INCONCLUSIVE]
     assert not short or any("too short" in reason and short[0] in reason for reason in verdict.reasons)
-    assert (verdict.exit_code == 0) == (verdict.violated == 0)
+    nothing_judged = bool(judged) and len(short) == len(judged)
+    assert (verdict.exit_code == 0) == (verdict.violated == 0 and not nothing_judged)
+    assert (verdict.outcome is Outcome.INCONCLUSIVE) == nothing_judged
+    assert nothing_judged == any("list longer texts" in reason for reason in verdict.reasons)
     assert bool(verdict.reasons) == bool(verdict.violated or short)
 
 

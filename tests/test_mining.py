@@ -718,3 +718,17 @@ def test_mining_the_embedded_corpus_gives_its_protected_list_and_no_control(tmp_
         assert entry["text"] in listed["protected"][line - 1]["text"]
     assert mined.funnel.documents == 25 + 15 + 1
     assert all(entry.confirmed for entry in mined.entries)
+
+
+@pytest.mark.parametrize("line", ["a", '{"content": "x"}'])
+def test_a_corpus_that_begins_with_thousands_of_lines_without_a_text_is_given_up(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text(f"{line}\n" * (corpora.HOPELESS + 1) + '{"text": "found"}\n')
+    (*pieces, end) = read_file(find_files([file])[0])
+    assert not pieces and isinstance(end, corpora.FileEnd)
+    assert end.bad == corpora.HOPELESS and end.error is not None and "--text-column" not in end.error
+    assert "none of its first 10,000 lines holds a text under 'text'" in end.error
+
+    file.write_text('{"text": "first"}\n' + f"{line}\n" * (corpora.HOPELESS + 1) + '{"text": "last"}\n')
+    *_, end = read_file(find_files([file])[0])
+    assert isinstance(end, corpora.FileEnd) and end.error is None and end.documents == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,25 +13,33 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import ids_of, ordinary_text, random_text, tiny_checkpoint, write_list
+from rich.console import Console
+from typer import Exit
 from typer.testing import CliRunner
 
 import memscrub.measures.measure
 from memscrub.cli import app as cli
 from memscrub.cli.output import write_report
+from memscrub.cli.progress import shown
+from memscrub.edit.disturbance import Metric
+from memscrub.edit.statistics_file import save_metrics
 from memscrub.errors import ExitCode, IncompleteError, InterruptedRunError, OutputError, UsageError
-from memscrub.jobs.scanning import scan
+from memscrub.jobs.records import check_room
+from memscrub.jobs.scanning import open_inputs, scan
 from memscrub.jobs.scrub import Signing, fix
 from memscrub.journals.run_journal import RunJournal
 from memscrub.journals.run_log import RunLog
 from memscrub.measures.measure import silent
 from memscrub.policy.document import load_policy
 from memscrub.proof.keys import generate_keypair
-from memscrub.reports.report import Report
+from memscrub.reports.report import Report, load_report
 from memscrub.storage.checkpoint import digest_files, open_checkpoint
 from memscrub.storage.files import _ABANDONED_AFTER, replacing, sha256_file
 from memscrub.storage.patch import open_patch
@@ -349,7 +358,8 @@ def test_a_patch_that_the_interrupted_run_left_is_replaced_and_another_is_not(gr
 SLEEPER = """
 import sys, time
 from memscrub.cli import app as cli
-@cli.app.command()
+app = cli._application()
+@app.command()
 def sleep(tidy: float = 0.0) -> None:
     try:
         print("ready", flush=True)
@@ -357,6 +367,7 @@ def sleep(tidy: float = 0.0) -> None:
     finally:
         print("tidying", flush=True)
         time.sleep(tidy)
+cli._application = lambda: app
 cli.main()
 """
 
@@ -406,7 +417,7 @@ def test_a_hang_up_is_ignored_where_it_was_ignored_and_a_lost_terminal_changes_n
 
 
 def command(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(cli.app, [*map(str, arguments)])
+    return CliRunner().invoke(cli._application(), [*map(str, arguments)])
 
 
 def test_an_interrupted_command_says_that_it_can_go_on_and_how(ground: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,3 +578,116 @@ def test_stages_are_logged_when_they_begin_and_end_and_not_at_every_step(tmp_pat
             lines.stage(f"edit rounds ({100 - done} demands unmet)", done, 100)
     stages = [(event["done"], event["note"]) for event in events(log) if event["event"] == "stage"]
     assert stages == [(1, "99 demands unmet"), (100, "0 demands unmet")]
+
+
+def test_a_full_disk_at_the_end_does_not_hide_how_the_run_ended(tmp_path: Path) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def ended(error: BaseException | None) -> None:
+        with RunLog(tmp_path / "log.jsonl", "scan") as lines:
+            assert lines._file is not None
+            os.dup2(full, lines._file)  # from here on there is no space
+            if error is not None:
+                raise error
+
+    for error in (UsageError("too short."), RuntimeError("odd"), KeyboardInterrupt(), Exit(1), Exit(4)):
+        with pytest.raises(type(error)) as caught:
+            ended(error)
+        assert caught.value is error
+    for nothing in (None, Exit(0)):
+        with pytest.raises(IncompleteError, match="No space is left"):
+            ended(nothing)
+    os.close(full)
+
+
+@pytest.mark.parametrize("solver", ["joint", "per-text"])
+def test_piped_every_stage_that_begins_is_said_to_be_done(ground: Path, solver: str) -> None:
+    with (ground / "policy.toml").open("a") as file:
+        file.write(f'[fix]\nsolver = "{solver}"\n')
+    said = io.StringIO()
+    with shown(Console(file=said)) as progress:
+        fixed(ground, progress)
+    lines = said.getvalue().splitlines()
+    open_stages: list[str] = []
+    for line in lines:
+        name, _, words = line.partition(": ")
+        if words.endswith(" to do"):
+            assert name not in open_stages, lines
+            open_stages.append(name)
+        else:
+            assert re.fullmatch(r"done in [0-9.]+ s", words), lines
+            open_stages.remove(name)
+    assert not open_stages, lines
+    assert any(line.startswith({"joint": "edit rounds", "per-text": "edit passes"}[solver]) for line in lines)
+
+
+@pytest.mark.parametrize("solver", ["joint", "per-text"])
+def test_a_layer_that_is_not_there_is_known_before_anything_is_measured(ground: Path, solver: str) -> None:
+    with (ground / "policy.toml").open("a") as file:
+        file.write(f'[fix]\nsolver = "{solver}"\nlayers = [9]\n')
+    stages = Stages()
+    with pytest.raises(UsageError, match="names layer 9, but this model has layers 0 to 1"):
+        fixed(ground, stages)
+    assert not stages.seen
+
+
+def test_statistics_of_other_inputs_are_known_before_anything_is_measured(ground: Path) -> None:
+    stages, file = Stages(), ground / "stats.safetensors"
+    save_metrics(file, {"checkpoint": "0" * 64}, {"a": Metric(torch.eye(2), torch.eye(2))})
+    with pytest.raises(UsageError, match="made with another checkpoint; name another file with --stats"):
+        fixed(ground, stages, statistics=file)
+    file.write_bytes(b"no header")
+    with pytest.raises(UsageError, match="no statistics file of memscrub"):
+        fixed(ground, stages, statistics=file)
+    assert not stages.seen
+
+
+def test_another_statistics_file_does_not_cost_what_an_interrupted_run_has_measured(ground: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        fixed(ground, Stages("retain statistics"))
+    kept, file = (ground / "out.journal").read_bytes(), ground / "stats.safetensors"
+    save_metrics(file, {"checkpoint": "0" * 64}, {"a": Metric(torch.eye(2), torch.eye(2))})
+    with pytest.raises(UsageError, match="made with another checkpoint"):
+        fixed(ground, statistics=file)
+    assert (ground / "out.journal").read_bytes() == kept
+
+
+def test_more_texts_than_a_report_has_room_for_are_refused_before_they_are_measured(
+    ground: Path, whole: tuple[Report, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages, words = Stages(), "the report on 7 texts would be larger than 0 MiB.*split the lists"
+    monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", 3000)
+    for run in (fixed, lambda ground, progress: scan(ground / "checkpoint", ground / "policy.toml", progress=progress)):
+        with pytest.raises(UsageError, match=words):
+            run(ground, stages)
+    assert not stages.seen and not list(ground.glob("out*"))
+    # None is refused that would fit, and few that would not are measured.
+    inputs = open_inputs(ground / "checkpoint", ground / "policy.toml", device="cpu")
+    monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", 1 << 20)
+    sizes = {True: whole[0], False: scan(ground / "checkpoint", ground / "policy.toml", device="cpu")}
+    for edited, report in sizes.items():
+        none = replace(report, texts=(), controls=())
+        texts = len(report.to_json().encode()) - len(none.to_json().encode())
+        monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", texts)
+        check_room(inputs.policy, inputs.texts, inputs.controls, edited=edited)
+        monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", texts // 2)
+        with pytest.raises(UsageError, match="split the lists"):
+            check_room(inputs.policy, inputs.texts, inputs.controls, edited=edited)
+        monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", 1 << 20)
+
+
+def test_a_report_that_is_too_large_all_the_same_is_not_written(
+    ground: Path, whole: tuple[Report, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ground / "report.json"
+    monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", len(whole[0].to_json().encode()))
+    write_report(whole[0], file)
+    assert load_report(file) == whole[0]
+    monkeypatch.setattr("memscrub.reports.report.MAX_BYTES", file.stat().st_size - 1)
+    file.unlink()
+    with pytest.raises(UsageError, match="split the lists"):
+        write_report(whole[0], file)
+    assert not file.exists()
+    with pytest.raises(UsageError, match="split the lists"):
+        fixed(ground)
+    assert not list(ground.glob("out*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,8 +13,8 @@ from test_report import SMALL
 
 from memscrub.cli.console import show_report
 from memscrub.reports.judgement import Finding, Judgement, Measures, SecretMeasure, Status
-from memscrub.reports.records import DepthRecord, DepthsRecord, PrefixRecord, RateRecord
-from memscrub.reports.report import Report, TextRecord
+from memscrub.reports.records import DepthRecord, DepthsRecord, ExcuseRecord, PrefixRecord, RateRecord
+from memscrub.reports.report import LocalityRecord, Report, TextRecord
 from memscrub.reports.sentences import class_sentences, depth_sentences
 from memscrub.reports.summary import SAMPLES, summarised
 
@@ -120,3 +121,35 @@ def test_the_terminal_shows_class_figures_within_eighty_columns() -> None:
         show_report(console, report([record("a", 40, math.log(0.5))], [record("k", 40)]))
     lines = shown.get().splitlines()
     assert any("extractable" in line for line in lines) and max(map(len, lines)) <= 80
+
+
+def on_a_terminal(shown: Report) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        show_report(console, shown)
+    return captured.get()
+
+
+@pytest.mark.parametrize(
+    ("values", "broken"),
+    [
+        ({}, ()),
+        ({"agreement": 0.80}, ("same token 80.0%",)),  # the policy allows it; a model that still works does not
+        ({"perplexity_ratio": 1.2}, ("perplexity x1.2000",)),
+        ({"kl": 0.5, "worst_kl": 2.0}, ("KL 0.5000", "worst row 2.0000")),
+    ],
+)
+def test_the_terminal_marks_locality_as_the_verdict_decides_it(values: dict[str, Any], broken: tuple[str, ...]) -> None:
+    measured = replace(LocalityRecord(100, 0.001, 0.01, 0.1, 0.99, 1.0, 0.01, 1.5, 0.5, 1.0), **values)
+    shown = on_a_terminal(replace(report([record("a", 2)]), locality=measured))
+    assert all(f"{what} broken" in shown for what in broken) and shown.count(" broken") == len(broken)
+    assert shown.count(" ok") == 4 - len(broken)
+
+
+def test_the_terminal_says_how_many_violated_texts_a_rate_lets_through() -> None:
+    excused = replace(record("a", 40), excused=(ExcuseRecord("max_verbatim_tokens", "rate"),))
+    found = report([excused, record("b", 2)])
+    found = replace(found, verdict=replace(found.verdict, within=1, violated=1))
+    assert "1 within, 1 violated (1 let through by a rate), 0 inconclusive" in on_a_terminal(found)
+    waived = replace(record("a", 40), excused=(ExcuseRecord("max_verbatim_tokens", "waiver"),))
+    assert "let through" not in on_a_terminal(replace(found, texts=(waived,)))

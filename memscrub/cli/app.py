@@ -29,7 +29,7 @@ from memscrub.cli import (
     scan_command,
     verify_command,
 )
-from memscrub.cli.options import Device, Seed
+from memscrub.cli.options import OneDevice, Seed
 from memscrub.cli.output import progress_shown
 from memscrub.errors import ExitCode, IncompleteError, MemscrubError, printable
 from memscrub.journals.interrupts import catch_signals
@@ -108,7 +108,7 @@ def doctor() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to lay out.")] = Path("memscrub-demo"),
     seed: Seed = 0,
-    device: Device = "auto",
+    device: OneDevice = "auto",
 ) -> None:
     """Scan, fix, sign and verify a small checkpoint of its own."""
     from memscrub.cli.console import show_report

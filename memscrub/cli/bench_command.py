@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from memscrub.cli.options import Checkpoint, Device, PolicyFile, Quiet, Seed
+from memscrub.cli.options import Checkpoint, OneDevice, PolicyFile, Quiet, Seed
 from memscrub.errors import IncompleteError, UsageError
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results as JSON, row by row.")]
@@ -39,7 +39,7 @@ def bench(
     threads: Threads = None,
     quiet: Quiet = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: OneDevice = "auto",
 ) -> None:
     """Compare all methods and baselines on one checkpoint. Prints a table, writes no checkpoint."""
     import torch

@@ -16,17 +16,25 @@ from rich.text import Text
 
 from memscrub.faces.escaping import printable
 from memscrub.reports.judgement import Measures, Status
+from memscrub.reports.locality_limits import broken_distance, limit_of
 from memscrub.reports.report import BenignRecord, LocalityRecord, NeighbourRecord, Report, ScoreRecord, TextRecord
 from memscrub.reports.sentences import class_sentences, depth_sentences
+from memscrub.reports.standing import let_through
 from memscrub.reports.summary import by_class
 from memscrub.reports.verdict import Outcome
 
 BAR = 16
-_COLOURS = {Outcome.PASS: "green", Outcome.VIOLATED: "red", Outcome.UNREACHABLE: "red"}
+_COLOURS = {
+    Outcome.PASS: "green",
+    Outcome.VIOLATED: "red",
+    Outcome.UNREACHABLE: "red",
+    Outcome.INCONCLUSIVE: "yellow",
+}
 _WORDS = {
     Outcome.PASS: "PASS",
     Outcome.VIOLATED: "POLICY VIOLATED",
     Outcome.UNREACHABLE: "POLICY NOT REACHED",
+    Outcome.INCONCLUSIVE: "NOTHING JUDGED",
 }
 
 
@@ -69,7 +77,8 @@ def show_verdict(console: Console, report: Report) -> None:
     """The verdict and the sentences that decided it."""
     verdict = report.verdict
     line = Text(_WORDS[verdict.outcome], style=f"bold {_COLOURS[verdict.outcome]}")
-    counts = f"  {verdict.within} within, {verdict.violated} violated, {verdict.inconclusive} inconclusive"
+    through = f" ({count} let through by a rate)" if (count := let_through(report.texts)) else ""
+    counts = f"  {verdict.within} within, {verdict.violated} violated{through}, {verdict.inconclusive} inconclusive"
     excused = [f", {count} {word}" for count, word in ((verdict.waived, "waived"), (verdict.known, "known")) if count]
     line.append("".join([counts, *excused]), style="default not bold")
     console.print(line)
@@ -135,11 +144,12 @@ def _mark(holds: bool) -> str:
 
 
 def _locality_line(record: LocalityRecord) -> str:
-    worst = "" if record.max_worst_kl is None else f" {_mark(record.worst_kl <= record.max_worst_kl)}"
+    broken = {limit_of(sentence) for sentence in broken_distance(record, record)}
+    worst = "" if record.max_worst_kl is None else f" {_mark('max_worst_kl' not in broken)}"
     return (
-        f"locality on {record.tokens} unseen tokens: KL {record.kl:.4f} {_mark(record.kl <= record.max_kl)},"
-        f" same token {record.agreement:.1%} {_mark(record.agreement >= record.min_agreement)},"
-        f" perplexity x{record.perplexity_ratio:.4f} {_mark(record.perplexity_ratio <= record.max_perplexity_ratio)}"
+        f"locality on {record.tokens} unseen tokens: KL {record.kl:.4f} {_mark('max_kl' not in broken)},"
+        f" same token {record.agreement:.1%} {_mark('min_agreement' not in broken)},"
+        f" perplexity x{record.perplexity_ratio:.4f} {_mark('max_perplexity_ratio' not in broken)}"
         f" (KL of the worst row {record.worst_kl:.4f}{worst}, at the start of a text {record.start_kl:.4f})"
     )
 

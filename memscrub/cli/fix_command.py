@@ -13,10 +13,10 @@ import typer
 from memscrub.cli.options import (
     AsJson,
     Checkpoint,
-    Device,
     HtmlFile,
     LogFile,
     NoAdapter,
+    OneDevice,
     OutDirectory,
     Overwrite,
     PolicyFile,
@@ -67,7 +67,7 @@ def fix(
     json: AsJson = False,
     quiet: Quiet = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: OneDevice = "auto",
 ) -> None:
     """Edit the texts out, re-measure the written bytes, sign. Exit 0: within the policy, 4: out of reach."""
     check_report_file(report, checkpoint, out)

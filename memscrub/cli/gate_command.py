@@ -27,6 +27,7 @@ from memscrub.cli.options import (
 )
 from memscrub.cli.output import check_report_file, deliver, progress_shown, remarks, say
 from memscrub.cli.page_output import page_of
+from memscrub.errors import UsageError
 from memscrub.journals.run_log import RunLog
 
 Trust = Annotated[bool, typer.Option("--trust", help="Take the signed measures or end with exit 2; never measure.")]
@@ -35,7 +36,7 @@ BaselineFile = Annotated[
     Path | None, typer.Option("--baseline", help="An earlier JSON report: fail only on what got worse since.")
 ]
 Tolerance = Annotated[
-    float, typer.Option("--tolerance", help="With --baseline: share by which a measure may be above.")
+    float | None, typer.Option("--tolerance", help="With --baseline: share by which a measure may be above (0.05).")
 ]
 
 
@@ -46,7 +47,7 @@ def gate(
     remeasure: Remeasure = False,
     trust: Trust = False,
     baseline: BaselineFile = None,
-    tolerance: Tolerance = 0.05,
+    tolerance: Tolerance = None,
     report: ReportFile = None,
     html: HtmlFile = None,
     reveal: Reveal = False,
@@ -59,8 +60,11 @@ def gate(
 ) -> None:
     """CI verdict on a directory: signature, then measures. Exit 0: pass, 1: violated, 5: signature invalid."""
     check_report_file(report, directory)
+    if tolerance is not None and baseline is None:
+        raise UsageError("--tolerance is about a baseline; name one with --baseline.")
     page = page_of(html, policy, reveal=reveal, device=device, outside=[directory])
     from memscrub.jobs.gating import gate as run
+    from memscrub.reports.baseline import TOLERANCE
 
     with RunLog(log, "gate", outside=[directory]) as lines:
         with progress_shown(quiet, lines) as progress:
@@ -71,7 +75,7 @@ def gate(
                 remeasure=remeasure,
                 trust=trust,
                 baseline=baseline,
-                tolerance=tolerance,
+                tolerance=TOLERANCE if tolerance is None else tolerance,
                 device=device,
                 dtype=dtype,
                 seed=seed,

@@ -25,6 +25,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON report inst
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampled statistics.", min=0, max=2**63 - 1)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ..., or spread: all GPUs.")]
+# An edit needs the whole model on one device.
+OneDevice = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: auto (float32), float32, bfloat16, float16.")]
 AdapterName = Annotated[
     str | None, typer.Option("--adapter", help="A LoRA adapter (directory or hub id) to add to CKPT in memory first.")

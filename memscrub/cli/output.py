@@ -85,6 +85,8 @@ def say(sentence: str) -> None:
 
 
 def say_written(fixed: Fixed, unwritten: str) -> None:
-    """Where the result of a fix lies and whether it is signed; `unwritten` where there is none."""
+    """Where the result of a fix lies and whether it is signed; `unwritten` where there is none to be had."""
+    if fixed.report.edit is None:
+        unwritten = "nothing was edited, and nothing was written."
     how = "signed" if fixed.signed else "not signed: give --sign KEY to sign it"
     say(unwritten if fixed.directory is None else f"written to {fixed.directory} ({how})")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memscrub.cli.options import Device, Directory, OutDirectory, Quiet, ReportFile, Seed, passphrase
+from memscrub.cli.options import Directory, OneDevice, OutDirectory, Quiet, ReportFile, Seed, passphrase
 from memscrub.cli.output import check_report_file, deliver, progress_shown, say, say_written
 from memscrub.errors import ArchitectureError, UsageError
 
@@ -74,7 +74,7 @@ def apply(
     json: Json = False,
     quiet: Quiet = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: OneDevice = "auto",
 ) -> None:
     """Make an edit again from its patch. Anew with --policy where the base is another. Exit 0; 4: out of reach."""
     from memscrub.policy.document import load_policy

@@ -9,7 +9,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from memscrub.errors import UsageError
+from memscrub.errors import CheckpointError, UsageError
+from memscrub.storage.untrusted_config import Encoding
 
 MARKER = "[REDACTED]"
 
@@ -34,7 +35,7 @@ class Baseline(str, Enum):
 def fixed_distractor(tokenizer: Any, mode: Mode, marker: str = MARKER) -> int | None:
     """The token id that this mode always puts in; None where it depends on the position or there is none.
 
-    Raises UsageError when the tokenizer has no such token.
+    Raises UsageError when the tokenizer has no such token, CheckpointError when it fails.
     """
     if mode is Mode.EOS:
         if tokenizer.eos_token_id is None:
@@ -43,7 +44,8 @@ def fixed_distractor(tokenizer: Any, mode: Mode, marker: str = MARKER) -> int | 
             )
         return int(tokenizer.eos_token_id)
     if mode is Mode.REDACT:
-        ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
+        with Encoding():
+            ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
         if not ids or ids[0] == tokenizer.unk_token_id:
             raise UsageError(f"the tokenizer cannot spell the marker '{marker}' of mode 'redact'; choose another one.")
         return int(ids[0])
@@ -58,6 +60,8 @@ def available_modes(tokenizer: Any, marker: str = MARKER) -> tuple[Mode, ...]:
 def _available(tokenizer: Any, mode: Mode, marker: str) -> bool:
     try:
         fixed_distractor(tokenizer, mode, marker)
+    except CheckpointError:  # a tokenizer that fails is another thing than one without the token
+        raise
     except UsageError:
         return False
     return True

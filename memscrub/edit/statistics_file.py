@@ -91,6 +91,16 @@ def check_place(path: Path, *, outside: Sequence[Path]) -> None:
             raise OutputError(f"{path} lies in {folder}; keep the statistics file in another folder.")
 
 
+def check_key(path: Path, key: Mapping[str, str]) -> None:
+    """Refuse a file that was made from other inputs, by its header alone; one that does not exist yet is none.
+
+    Raises UsageError as `load_metrics` does.
+    """
+    if path.exists():
+        with disk_errors(path):
+            _compare_keys(path, _metadata(path), key)
+
+
 def save_metrics(path: Path, key: Mapping[str, str], metrics: Mapping[str, Metric]) -> None:
     """Write the file, under a temporary name first so that a failure leaves no half file.
 

@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {
     },
     "verdict": Rule(
         "memscrub/verdict",
-        "The policy is not met",
+        "The policy is not shown to be met",
         "The report's verdict, for reasons that no single text or measure stands for.",
     ),
     "other": Rule(
@@ -103,10 +103,11 @@ RULES: dict[str, Rule] = {
     ),
 }
 LOCALITY_LIMITS = tuple(_LOCALITY)
+LET_THROUGH = "let through by max_violation_rate"
 _EXCUSES = {
     "waiver": "waived by the policy",
     "baseline": "no worse than in the baseline",
-    "rate": "within max_violation_rate",
+    "rate": LET_THROUGH,
 }
 
 

@@ -69,10 +69,13 @@ def _pair(now: Measures, before: Measures | None, of: Any) -> tuple[Any, Any]:
 
 
 def standing(text: TextRecord) -> str:
-    """Where a text stands; excused is one that breaks limits none of which is held against the run."""
+    """Where a text stands, as the verdict counts it: excused is one whose broken limits are all waived or known before.
+
+    One that a rate lets through stays violated.
+    """
     if text.judgement.status is not Status.VIOLATED:
         return str(text.judgement.status.value)
-    excused = {each.limit for each in text.excused}
+    excused = {each.limit for each in text.excused if each.by != "rate"}
     broken = {each.limit for each in text.judgement.findings if not each.holds}
     return "excused" if broken and broken <= excused else "violated"
 

@@ -16,7 +16,7 @@ from memscrub.faces.html_tokens import probability
 from memscrub.reports.judgement import Finding, Judgement, Measures, Status
 from memscrub.reports.locality_limits import broken_distance, limit_of
 from memscrub.reports.report import Report, TextRecord
-from memscrub.reports.standing import Ordinary, broken_locality
+from memscrub.reports.standing import Ordinary, broken_locality, let_through
 from memscrub.reports.summary import by_class, log_probability
 from memscrub.reports.verdict import Outcome
 
@@ -25,6 +25,7 @@ HEADLINES = {
     Outcome.PASS: "Within the policy",
     Outcome.VIOLATED: "Policy violated",
     Outcome.UNREACHABLE: "Policy not reached",
+    Outcome.INCONCLUSIVE: "Nothing judged",
 }
 MEANINGS = {
     "max_verbatim_tokens": "longest run given away word for word, in tokens",
@@ -63,12 +64,17 @@ class LimitRow:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class before and after: how many texts break a limit, and the worst of each measure."""
+    """One class before and after: how many texts break a limit, and the worst of each measure.
+
+    `bad` counts the violated texts as the verdict does, the `let_through` of them by a rate too; `excused` those that
+    are waived or known before instead.
+    """
 
     name: str
     texts: int
     bad: int
     bad_before: int | None
+    let_through: int
     excused: int
     interval: str
     measures: tuple[tuple[str, str | None, str], ...]  # what, before, now
@@ -113,7 +119,10 @@ def lead(report: Report, limits: Sequence[LimitRow]) -> Lead:
     total = len(report.texts)
     sentences = [f"{_texts(verdict.within, total)} are within the limits."]
     if verdict.violated:
-        sentences = [f"{_texts(verdict.violated, total)} break a limit of the policy."]
+        through = f", {count:,} of them let through by a rate" if (count := let_through(report.texts)) else ""
+        sentences = [f"{_texts(verdict.violated, total)} break a limit of the policy{through}."]
+    elif verdict.outcome is Outcome.INCONCLUSIVE:
+        sentences = [f"{_texts(verdict.inconclusive, total)} could not be judged."]
     if report.edit is not None:
         before = sum(text.before_judgement.status is Status.WITHIN for text in report.texts)
         sentences = [f"{sentences[0]} Before the edit, {before:,} {'was' if before == 1 else 'were'} within them."]
@@ -214,6 +223,7 @@ def class_rows(report: Report) -> tuple[ClassRow, ...]:
                 texts=len(texts),
                 bad=standings.count("violated"),
                 bad_before=sum(t.before_judgement.status is Status.VIOLATED for t in texts) if fixed else None,
+                let_through=let_through(texts),
                 excused=standings.count("excused"),
                 interval=intervals.get(name, ""),
                 measures=tuple(_measures(texts, fixed)),

@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from memscrub.faces.escaping import markdown
-from memscrub.faces.findings import Entry, Level, entries
+from memscrub.faces.findings import LET_THROUGH, Entry, Level, entries
 from memscrub.reports.judgement import Measures, Status
 from memscrub.reports.report import Report, TextRecord
 from memscrub.reports.sentences import class_sentences, depth_sentences
+from memscrub.reports.standing import let_through
 from memscrub.reports.summary import by_class, log_probability
 from memscrub.reports.verdict import Outcome
 
@@ -20,6 +21,7 @@ VERDICTS = {
     Outcome.PASS: "PASS",
     Outcome.VIOLATED: "POLICY VIOLATED",
     Outcome.UNREACHABLE: "POLICY NOT REACHED",
+    Outcome.INCONCLUSIVE: "NOTHING JUDGED",
 }
 _AGAIN = {
     False: "Measured again by `memscrub scan CKPT --policy POLICY`.",
@@ -37,7 +39,9 @@ def render(report: Report) -> str:
 def head(report: Report, level: int = 2) -> list[str]:
     """Verdict, reasons, classes and ordinary text; `level` is that of the heading."""
     verdict = report.verdict
-    counts = [f"{verdict.within} within", f"{verdict.violated} violated", f"{verdict.inconclusive} inconclusive"]
+    through = f" ({count} let through by a rate)" if (count := let_through(report.texts)) else ""
+    violated = f"{verdict.violated} violated{through}"
+    counts = [f"{verdict.within} within", violated, f"{verdict.inconclusive} inconclusive"]
     counts += [f"{verdict.waived} waived"] if verdict.waived else []
     counts += [f"{verdict.known} known from the baseline"] if verdict.known else []
     return [
@@ -87,7 +91,8 @@ ENTRY_HEADER = ("| | class | what | where |", "|---|---|---|---|")
 def entry_row(entry: Entry) -> str:
     """An entry as a row below `ENTRY_HEADER`."""
     place = "" if entry.file is None else f"{entry.file}:{entry.line}"
-    cells = (_MARKS[entry.level], entry.class_name or "", entry.sentence, place)
+    mark = "let through" if entry.excused == LET_THROUGH else _MARKS[entry.level]
+    cells = (mark, entry.class_name or "", entry.sentence, place)
     return "| " + " | ".join(map(markdown, cells)) + " |"
 
 

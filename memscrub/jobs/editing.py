@@ -18,9 +18,9 @@ from memscrub.edit.block_statistics import measure_by_block
 from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.joint import EditOutcome
-from memscrub.edit.statistics_file import metrics_from, statistics_key
+from memscrub.edit.statistics_file import check_key, metrics_from, statistics_key
 from memscrub.errors import UsageError
-from memscrub.jobs.joint_editing import JointStages
+from memscrub.jobs.joint_editing import JointStages, first_sites
 from memscrub.jobs.one_by_one import edit_one_by_one, mlp_sites
 from memscrub.jobs.scanning import Inputs
 from memscrub.locality.distance import START, RetainHalves
@@ -69,6 +69,19 @@ class Edit:
                     live = self.editable.loaded.tensor(site.tensor.partition("[")[0])
                 found[place.tensor] = partial(_as_stored, live, self.editable.stored[site.name])
         return found
+
+
+def check_sites(inputs: Inputs) -> None:
+    """Refuse sites that cannot be edited, before anything is measured.
+
+    Raises UsageError for layers that the model does not have, and for dtypes as `stored_dtypes` does.
+    """
+    stored_dtypes(inputs, mlp_sites(inputs) if inputs.policy.fix.solver == "per-text" else first_sites(inputs))
+
+
+def check_statistics(inputs: Inputs, halves: RetainHalves, path: Path) -> None:
+    """Refuse a statistics file of other inputs, before anything is measured. Raises UsageError."""
+    check_key(path, _key(inputs, statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))))
 
 
 def make_edit(
@@ -186,5 +199,10 @@ def _metrics(
 
     if file is None:
         return compute()
-    key = statistics_key(inputs.loaded, digest_files(inputs.ckpt), rows, seed=inputs.seed, ridge=RIDGE)
-    return metrics_from(file, key, compute, sites, device=inputs.loaded.device)
+    return metrics_from(file, _key(inputs, rows), compute, sites, device=inputs.loaded.device)
+
+
+def _key(inputs: Inputs, rows: Sequence[Tensor]) -> dict[str, str]:
+    """All that determines the statistics of these rows."""
+    files = digest_files(inputs.ckpt) if inputs.files is None else inputs.files
+    return statistics_key(inputs.loaded, files, rows, seed=inputs.seed, ridge=RIDGE)

@@ -5,12 +5,14 @@ Knows the policy's classes and the tokenizer, not the formats themselves (`list_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from memscrub.errors import UsageError
 from memscrub.models.model import LoadedModel
 from memscrub.policy.document import Policy
+from memscrub.storage.untrusted_config import Encoding
 from memscrub.texts.list_formats import read_format
 from memscrub.texts.protected import ProtectedList, as_list
 
@@ -51,16 +53,26 @@ def class_for(policy: Policy, name: str | None) -> str:
 def read_foreign(loaded: LoadedModel, policy: Policy, source: ForeignSource) -> tuple[ProtectedList, tuple[str, ...]]:
     """The texts of a foreign list, and remarks for the user on how they were read.
 
-    Raises UsageError for an unknown format or class, ProtectedTextError for a file that is not of the format.
+    Raises UsageError for an unknown format or class, ProtectedTextError for a file that is not of the format,
+    CheckpointError where the tokenizer fails.
     """
-    tokenizer = loaded.tokenizer
+
+    def decode(ids: Sequence[int]) -> str:
+        with Encoding():
+            return str(
+                loaded.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
+
+    def encode(text: str) -> Sequence[int]:
+        with Encoding():
+            ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     found = read_format(
         source.format,
         source.path,
-        decode=lambda ids: str(
-            tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ),
-        encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        decode=decode,
+        encode=encode,
         vocabulary=loaded.vocabulary,
         class_name=class_for(policy, source.class_name),
         text_column=source.text_column,

@@ -50,6 +50,13 @@ Metrics = Callable[[Sequence[Site]], list[Metric]]
 Stored = Callable[[Sequence[Site]], dict[str, torch.dtype]]
 
 
+def first_sites(inputs: Inputs) -> tuple[Site, ...]:
+    """The sites that the first stage edits. Raises UsageError for a layer that the model does not have."""
+    fix = inputs.policy.fix
+    kinds = {"mlp": ("mlp",), "mlp+attention": ("mlp", "attention")}.get(fix.sites, ("mlp", "attention", "query"))
+    return sites_of(inputs.loaded, kinds=kinds, layers=None if fix.layers == "all" else fix.layers)
+
+
 @dataclass
 class JointStages:
     """The stages of one joint edit. `metrics` measures the unedited model; `ordinary` is the solver's text.
@@ -79,9 +86,7 @@ class JointStages:
         return edit.editable, outcome
 
     def _begin(self) -> JointEdit:
-        fix = self.inputs.policy.fix
-        kinds = {"mlp": ("mlp",), "mlp+attention": ("mlp", "attention")}.get(fix.sites, ("mlp", "attention", "query"))
-        sites = sites_of(self.inputs.loaded, kinds=kinds, layers=None if fix.layers == "all" else fix.layers)
+        fix, sites = self.inputs.policy.fix, first_sites(self.inputs)
         disk = None if self.inputs.loaded.lean is None else OriginalsOnDisk(self.inputs.ckpt)
         editable = EditableModel(self.inputs.loaded, sites, self.stored(sites), disk=disk)
         edit = JointEdit(editable, self.metrics(sites), EditSettings(fix.margin, fix.rounds))
@@ -143,8 +148,16 @@ class JointStages:
         return near_verbatim(self.inputs) + other_contexts(self.inputs, edit, self.ordinary)
 
     def _run(self, edit: JointEdit) -> EditOutcome:
-        limit = edit.settings.rounds
-        outcome = edit.run(lambda done, unmet: self.progress(f"edit rounds ({unmet} demands unmet)", done, limit))
+        limit, last = edit.settings.rounds, 0
+
+        def told(done: int, unmet: int) -> None:
+            nonlocal last
+            last = done
+            self.progress(f"edit rounds ({unmet} demands unmet)", done, limit)
+
+        outcome = edit.run(told)
+        if last < limit:  # it needed no more rounds: that was all of them
+            self.progress(f"edit rounds ({len(outcome.unmet)} demands unmet)", last, last)
         self.rounds += outcome.rounds
         return outcome
 

@@ -47,9 +47,16 @@ def edit_one_by_one(
     )
     modes = _modes(inputs, editable, settings, metrics)
     demands = [demand_of(text, policy.classes[text.class_name], policy.probe) for text in inputs.texts]
-    done = edit_texts(
-        editable, demands, modes, settings, lambda n, unmet: progress(f"texts ({unmet} unmet)", n, len(demands))
-    )
+    last = 0
+
+    def told(number: int, unmet: int) -> None:
+        nonlocal last
+        last = number
+        progress(f"edit passes ({unmet} texts unmet)", number, PASSES)
+
+    done = edit_texts(editable, demands, modes, settings, told)
+    if last < PASSES:  # it needed no more passes: that was all of them
+        progress(f"edit passes ({len(done.unmet)} texts unmet)", last, last)
     cost = predicted_disturbance(metrics)(editable)
     return editable, EditOutcome(done.unmet, done.breaks, 0, cost, done.passes)
 

@@ -12,6 +12,7 @@ from memscrub.locality.distance import RetainHalves, split_retain
 from memscrub.measures.extraction import Sampling, score
 from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText, check_ids
+from memscrub.storage.untrusted_config import Encoding
 from memscrub.texts.protected import load_texts
 
 
@@ -38,7 +39,9 @@ def neighbour_texts(inputs: Inputs) -> tuple[TokenText, ...]:
     """The policy's neighbours as token ids, as much of each as the model reads at once."""
     documents = load_texts(map(inputs.policy.resolve, inputs.policy.locality.neighbours))
     prompt, room = inputs.loaded.prompt, inputs.loaded.max_positions
-    rows = [prompt + tuple(inputs.loaded.tokenizer(d.text, add_special_tokens=False)["input_ids"]) for d in documents]
+    tokenizer = inputs.loaded.tokenizer
+    with Encoding():
+        rows = [prompt + tuple(tokenizer(each.text, add_special_tokens=False)["input_ids"]) for each in documents]
     for row in rows:
         check_ids(inputs.loaded, row)
     return tuple(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,7 +17,8 @@ from memscrub.models.tokens import TokenText
 from memscrub.policy.document import Policy
 from memscrub.policy.sections import Locality as LocalityLimits
 from memscrub.reports.basis import report_key
-from memscrub.reports.judgement import Measures, judge
+from memscrub.reports.json_values import plain
+from memscrub.reports.judgement import Judgement, Measures, Status, judge
 from memscrub.reports.locality_limits import Benign, Locality
 from memscrub.reports.report import (
     BenignRecord,
@@ -27,6 +30,7 @@ from memscrub.reports.report import (
     ScoreRecord,
     TextRecord,
     UtilityRecord,
+    check_size,
 )
 from memscrub.storage.adapters import Adapter
 from memscrub.storage.checkpoint import Checkpoint, digest_files
@@ -88,6 +92,30 @@ def text_records(
             record = replace(record, after=now, after_judgement=judge(now, limits))
         records.append(record)
     return tuple(records)
+
+
+def check_room(
+    policy: Policy, texts: Sequence[TokenText], controls: Sequence[TokenText], *, edited: bool = False
+) -> None:
+    """Refuse more texts than a report has room for, before they are measured; `edited`: they are measured twice.
+
+    What is measured makes a record larger than it is reckoned here, so a report may still turn out too large when it
+    is written; none is refused that would fit. Raises UsageError.
+    """
+    least = {name: _least_bytes(policy, name, edited=edited) for name in policy.classes}
+    counts = Counter(text.class_name for text in (*texts, *controls))
+    check_size(len(texts) + len(controls), sum(least[name] * count for name, count in counts.items()))
+
+
+def _least_bytes(policy: Policy, class_name: str, *, edited: bool) -> int:
+    """Bytes of the smallest record that a text of this class can have in a report."""
+    found = judge(Measures(0, 0, 0, 0), policy.classes[class_name]).findings
+    measures, judgement = Measures(0, 0, 0, 0, True, True, 0, 0, (), True, 0), Judgement(Status.WITHIN, found)
+    record = TextRecord("", class_name, measures, judgement, samples_needed=(), file="", line=0)
+    if edited:
+        record = replace(record, after=measures, after_judgement=judgement)
+    both = (len(json.dumps({"texts": [plain(record)] * count}, indent=2)) for count in (2, 1))
+    return next(both) - next(both)
 
 
 def locality_record(measured: Locality, limits: LocalityLimits) -> LocalityRecord:

@@ -12,6 +12,7 @@ import torch
 from memscrub.jobs.foreign_lists import ForeignSource, class_for, read_foreign
 from memscrub.jobs.records import (
     adapter_record,
+    check_room,
     checkpoint_record,
     environment,
     policy_record,
@@ -181,7 +182,8 @@ def scan_inputs(
     also: Sequence[Also] = (),
     journal: RunJournal | None = None,
 ) -> Report:
-    """`scan` on inputs that are open already."""
+    """`scan` on inputs that are open already. Raises UsageError for more texts than a report has room for."""
+    check_room(inputs.policy, inputs.texts, inputs.controls, edited=kind == "fix")
     policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
     # An estimate may speed up a look around; what is released is decoded.
     screen = kind == "scan" and policy.probe.screen

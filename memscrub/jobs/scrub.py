@@ -15,7 +15,7 @@ from typing import Any
 
 from memscrub.edit.edit_map import with_edit_map
 from memscrub.edit.statistics_file import check_place
-from memscrub.jobs.editing import EditMade, make_edit
+from memscrub.jobs.editing import EditMade, check_sites, check_statistics, make_edit
 from memscrub.jobs.fix_journal import (
     MadeAndWritten,
     announce,
@@ -28,7 +28,7 @@ from memscrub.jobs.fix_journal import (
 )
 from memscrub.jobs.fix_report import Untouched, report_on_written
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
-from memscrub.jobs.records import checkpoint_record, utility_record
+from memscrub.jobs.records import check_room, checkpoint_record, utility_record
 from memscrub.jobs.scanning import Inputs, Remark, open_inputs, scan_inputs, unsaid
 from memscrub.journals.run_journal import RunJournal
 from memscrub.locality.distance import RetainHalves
@@ -43,7 +43,7 @@ from memscrub.proof.attest import sign_fix, signer_for
 from memscrub.proof.signing import Signer
 from memscrub.reports.report import REPORT_NAME, Report
 from memscrub.reports.verdict import Outcome
-from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.storage.checkpoint import digest_files, open_checkpoint
 from memscrub.storage.files import sha256_file
 from memscrub.storage.patch_files import check_patch_place, write_patch
 from memscrub.storage.writing import PartialDirectory, write_checkpoint
@@ -77,7 +77,8 @@ def fix(
     """Write a copy of `checkpoint` to `out` that keeps the policy's texts, or report why that is out of reach.
 
     `checkpoint` is only read. With `keep_partial` a directory that misses the policy is written all the same; its
-    report says so and its signature, if any, states a failed test. `patch` is a file for the edit by itself,
+    report says so and its signature, if any, states a failed test. Where no text of the list can be judged, nothing
+    is edited or written, whatever is asked for, and the report is the scan's. `patch` is a file for the edit by itself,
     written with the directory or not at all; it undoes the edit, so it may not lie in either directory.
     `statistics` is a file that keeps the retain statistics for the next run. `utility` names tasks of lm-eval to
     run before and after, instead of the policy's.
@@ -90,32 +91,48 @@ def fix(
     rules = policy if isinstance(policy, Policy) else load_policy(policy)
     tasks = _tasks(rules, utility)
     _check_places(statistics, patch, [Path(checkpoint), Path(out)], overwrite)
-    lean = False if rules.fix.solver == "per-text" else None  # that solver looks at single vectors in float32
-    inputs = open_inputs(checkpoint, rules, device=device, dtype="float32", seed=seed, lean=lean)
-    signer = signer_for(inputs.policy, sign)
-    halves, neighbours = retain_halves(inputs), neighbour_texts(inputs)
-    sources = [inputs.ckpt.path]
-    partial = PartialDirectory(out, overwrite=overwrite, inputs=sources, resume=lambda path: kept_files(journal, path))
+    signer = signer_for(rules, sign)
+    inputs, halves = _opened(checkpoint, rules, statistics, device, seed)
+    neighbours = neighbour_texts(inputs)
+    source = inputs.ckpt.path
+    partial = PartialDirectory(out, overwrite=overwrite, inputs=[source], resume=lambda at: kept_files(journal, at))
     asked = {"signer": repr(signer), "patch": str(patch), "utility": tasks}
     with open_fix_journal(partial.target, inputs, halves, neighbours) as journal:
         if journal.said is not None:
             remark(journal.said)
-        overwrite = _may_replace(patch, journal, [inputs.ckpt.path, partial.target], overwrite)
+        overwrite = _may_replace(patch, journal, [source, partial.target], overwrite)
         if (ended := ended_before(journal, partial.target, asked, patch)) is not None:
             with PartialDirectory(out, overwrite=True):  # clears away what the interrupted run had no time to
                 return Fixed(ended, partial.target, signed=signer is not None)
         with partial:
-            run = _Run(replace(inputs, files=journal.inputs), halves, journal, partial, device, progress)
-            scores = run.scores(inputs.ckpt.path, tasks)
-            found, report = run.edit_and_measure(str(out), list(neighbours), statistics)
+            run = _Run(inputs, halves, journal, partial, device, progress)
+            before = scan_inputs(run.inputs, progress=progress, kind="fix", journal=journal)
+            if before.verdict.outcome is Outcome.INCONCLUSIVE:  # nothing to edit, nor to see afterwards if it worked
+                return Fixed(before, None, signed=False)
+            scores = run.scores(source, tasks)
+            found, report = run.edit_and_measure(before, str(out), list(neighbours), statistics)
             if report.verdict.outcome is not Outcome.PASS and not keep_partial:
                 return Fixed(report, None, signed=False)
             if tasks:
-                report = replace(
-                    report, utility=utility_record(tool_version(), scores, run.scores(partial.path, tasks))
-                )
+                after = run.scores(partial.path, tasks)
+                report = replace(report, utility=utility_record(tool_version(), scores, after))
             report = _finish(run, found.made, report, signer, asked, patch, overwrite)
             return Fixed(report, partial.target, signed=signer is not None)
+
+
+def _opened(
+    checkpoint: str | Path, policy: Policy, statistics: Path | None, device: str, seed: int
+) -> tuple[Inputs, RetainHalves]:
+    """The inputs with their digests, and the retain text; what the edit would refuse is refused here."""
+    lean = False if policy.fix.solver == "per-text" else None  # that solver looks at single vectors in float32
+    inputs = open_inputs(checkpoint, policy, device=device, dtype="float32", seed=seed, lean=lean)
+    check_sites(inputs)
+    check_room(policy, inputs.texts, inputs.controls, edited=True)
+    halves = retain_halves(inputs)
+    inputs = replace(inputs, files=digest_files(inputs.ckpt))
+    if statistics is not None:
+        check_statistics(inputs, halves, statistics)
+    return inputs, halves
 
 
 def _finish(
@@ -167,11 +184,10 @@ class _Run:
     progress: Progress
 
     def edit_and_measure(
-        self, out: str, neighbours: list[TokenText], statistics: Path | None
+        self, before: Report, out: str, neighbours: list[TokenText], statistics: Path | None
     ) -> tuple[MadeAndWritten, Report]:
         """Edit and write, or take what an interrupted run wrote; then measure the written directory."""
         inputs, path = self.inputs, self.partial.path
-        before = scan_inputs(inputs, progress=self.progress, kind="fix", journal=self.journal)
         untouched = Untouched(self.halves, neighbours, known_tokens(inputs.loaded, neighbours))
         found = found_written(self.journal)
         self.partial.keep = found is not None

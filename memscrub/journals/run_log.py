@@ -6,6 +6,7 @@ and our errors' messages, which hold none; of any other error only its kind. doc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -34,7 +35,8 @@ class RunLog:
     """The log at `path` while the context lasts; without a path nothing is written. Lines of several runs may mix.
 
     Raises OutputError where the file cannot be written or lies in one of the directories `outside`, IncompleteError
-    when the disk is full: a run that was to be logged does not go on unlogged.
+    when the disk is full: a run that was to be logged does not go on unlogged. An error or an exit code that is under
+    way when the context ends stays what it is, also where its line cannot be written.
     """
 
     def __init__(self, path: Path | None, command: str, *, outside: Sequence[str | Path] = ()) -> None:
@@ -60,17 +62,26 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None:
+        if self._file is None or self.path is None:
             return
         code = getattr(error, "exit_code", None)  # ours, and typer's
+        try:
+            self._end(error, code)
+        except MemscrubError:
+            if error is None or code == 0:
+                raise
+        finally:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # the lines were handed over before
+                os.close(file)
+
+    def _end(self, error: BaseException | None, code: int | None) -> None:
         if error is not None and code is None:
             code = int(ExitCode.INCOMPLETE) if isinstance(error, _INCOMPLETE) else 1
             self._write("error", kind=type(error).__name__)
         elif isinstance(error, MemscrubError):
             self._write("error", kind=type(error).__name__, message=str(error))
         self._write("end", exit_code=0 if code is None else int(code), **self._since(self._began))
-        os.close(self._file)
-        self._file = None
 
     def stage(self, words: str, done: int, total: int) -> None:
         """A progress callback: a line when a stage begins, one when it is done, and one every so often."""

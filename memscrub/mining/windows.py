@@ -16,6 +16,7 @@ from typing import Any
 
 from memscrub.errors import UsageError
 from memscrub.mining.stretches import Stretch, is_trivial
+from memscrub.storage.untrusted_config import Encoding
 from memscrub.texts.corpora import Piece
 
 OPENINGS = {
@@ -102,8 +103,8 @@ class Encoder:
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> list[Any]:
-        """An encoding (ids and places) of each text, without special tokens."""
-        with self._lock:
+        """An encoding (ids and places) of each text, without special tokens. Raises as `Encoding` does."""
+        with self._lock, Encoding():
             encodings = self._tokenizer(list(texts), add_special_tokens=False, verbose=False).encodings
         assert encodings is not None, "memscrub loads fast tokenizers only"
         return list(encodings)

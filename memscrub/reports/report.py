@@ -29,7 +29,7 @@ from memscrub.reports.verdict import Verdict
 
 SCHEMA = 1
 MAX_BYTES = 1 << 28
-"""Bytes of a report that are read: enough for 100,000 texts."""
+"""Bytes of a report that are read, and so of one that is written: enough for some 100,000 texts."""
 REPORT_NAME = "memscrub-report.json"
 
 
@@ -231,10 +231,25 @@ class Report:
     adapter: CheckpointRecord | None = None  # what was added to the input in memory before it was measured
 
     def to_json(self) -> str:
-        """The report as indented JSON with a final newline; equal reports give equal text."""
+        """The report as indented JSON with a final newline; equal reports give equal text.
+
+        Raises UsageError where it is larger than what is read back.
+        """
         text = json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         # A path that is not UTF-8 has halves of surrogate pairs in it, which no file could hold as they are.
-        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+        text = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
+        if 4 * len(text) > MAX_BYTES:  # a character takes four bytes at most
+            check_size(len(self.texts) + len(self.controls), len(text.encode("utf-8")))
+        return text
+
+
+def check_size(texts: int, size: int) -> None:
+    """Raise UsageError where the report on so many texts has more bytes than are read back."""
+    if size > MAX_BYTES:
+        raise UsageError(
+            f"the report on {texts} texts would be larger than {MAX_BYTES >> 20} MiB, which nothing of memscrub reads"
+            " back; split the lists and run on one part at a time."
+        )
 
 
 def load_report(path: Path) -> Report:

@@ -21,6 +21,11 @@ def judged(records: Sequence[TextRecord]) -> list[tuple[str, str, Judgement]]:
     return [(r.id, r.class_name, r.judgement) for r in records]
 
 
+def let_through(records: Sequence[TextRecord]) -> int:
+    """How many of the violated texts are not held against the run because the rate of their class holds."""
+    return sum(any(each.by == "rate" for each in record.excused) for record in records)
+
+
 @dataclass(frozen=True)
 class Ordinary:
     """What a report says of ordinary text: retain text, neighbours and benign prompts; None where not measured."""

@@ -21,12 +21,14 @@ class Outcome(str, Enum):
     PASS = "pass"
     VIOLATED = "violated"
     UNREACHABLE = "unreachable"
+    INCONCLUSIVE = "inconclusive"
 
 
 EXIT_CODES = {
     Outcome.PASS: ExitCode.PASS,
     Outcome.VIOLATED: ExitCode.VIOLATED,
     Outcome.UNREACHABLE: ExitCode.UNREACHABLE,
+    Outcome.INCONCLUSIVE: ExitCode.INCOMPLETE,
 }
 
 
@@ -59,8 +61,9 @@ def decide(
 
     A fix that leaves a text violated or breaks locality is *unreachable* (exit 4); a scan or gate is *violated*
     (exit 1). `no_room` says which limits stopped the edit while texts were still violated; it decides nothing by
-    itself. Texts too short to judge do not decide, but are counted and named. Of a class with a rate, the confidence
-    bound decides and no single text; texts that are inconclusive, waived or known are no part of that rate.
+    itself. Texts too short to judge do not decide, but are counted and named; where all are and nothing else fails, the
+    outcome is *inconclusive* (exit 3). Of a class with a rate, the confidence bound decides and no single text; texts
+    that are inconclusive, waived or known are no part of that rate.
     """
     groups = _grouped(judged, allowances)
     rates = _rates(judged, groups, allowances.rates)
@@ -69,11 +72,14 @@ def decide(
     full = [*broken_locality, *(no_room if violated or rates.broken else ())]
     reasons = [f"no room: {sentence}" if fixing else sentence for sentence in dict.fromkeys(full)]
     reasons += [*rates.broken, *_limit_reasons(violated), *rates.used, *_excused(judged, groups, allowances)]
-    if not violated and not broken_locality and not rates.broken:
-        outcome = Outcome.PASS
-    else:
+    nothing_judged = bool(judged) and len(inconclusive) == len(judged)
+    if violated or broken_locality or rates.broken:
         outcome = Outcome.UNREACHABLE if fixing else Outcome.VIOLATED
-    if inconclusive:
+    else:
+        outcome = Outcome.INCONCLUSIVE if nothing_judged else Outcome.PASS
+    if nothing_judged:
+        reasons.append(_nothing_judged(inconclusive))
+    elif inconclusive:
         reasons.append(f"{len(inconclusive)} texts are too short to judge, the first is '{inconclusive[0]}'.")
     return Verdict(
         outcome=outcome,
@@ -84,6 +90,17 @@ def decide(
         inconclusive=len(inconclusive),
         waived=len(groups.waived),
         known=len(groups.known),
+    )
+
+
+def _nothing_judged(ids: Sequence[str]) -> str:
+    """What to do where no text could be judged; `judgement.judge` says when one cannot be."""
+    which = f"all {len(ids)} are too short to judge, the first is '{ids[0]}'"
+    if len(ids) == 1:
+        which = f"'{ids[0]}' is too short to judge"
+    return (
+        f"no text could be judged: {which}; list longer texts (with a marked secret where their class sets `secret`),"
+        " or make max_verbatim_tokens or [probe] min_prefix_tokens smaller."
     )
 
 

@@ -29,6 +29,8 @@ PIECE = 2**16
 LONGEST_LINE = 2**24
 """Characters of a JSON line, which has to be held whole, and may take 20 times as much when it is parsed; a longer one
 is counted as unreadable."""
+# A file is given up when it begins with so many lines without a text.
+HOPELESS = 10_000
 _CHUNK = 2**20
 # What Unicode text must not contain, and no protected list may: half characters (JSON can spell them) and NUL.
 _BROKEN = re.compile("[\ud800-\udfff\0]")
@@ -286,6 +288,8 @@ def _json_lines(file: CorpusFile, column: str, tally: _Tally) -> Iterator[tuple[
         text = None if line is None else _field(line, column)
         if text is None:
             tally.skip(number)
+            if tally.bad == HOPELESS and not tally.documents and not tally.empty:
+                raise _DamagedError(f"none of its first {number:,} lines holds a text under '{column}'")
         else:
             yield number, number, (tally.clean(text),)
 
@@ -307,6 +311,8 @@ def _lines(chunks: Iterable[str]) -> Iterator[str | None]:
 
 def _field(line: str, column: str) -> str | None:
     """The text of a JSON line, "" where it is null; None where the line is no object with a text."""
+    if not line.lstrip().startswith("{"):
+        return None  # json.loads needs five times as long to say so
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):

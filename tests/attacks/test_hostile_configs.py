@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from models import FAMILIES, opened, tiny_checkpoint, token_text
+from models import FAMILIES, opened, tiny_checkpoint, token_text, write_list
 from safetensors.torch import load_file, save_file
 
+from memscrub.edit.modes import Mode, available_modes, fixed_distractor
 from memscrub.errors import CheckpointError, IncompleteError, MemscrubError
+from memscrub.jobs.foreign_lists import ForeignSource, read_foreign
+from memscrub.jobs.ordinary_text import neighbour_texts
+from memscrub.jobs.scanning import open_inputs
+from memscrub.mining.windows import Encoder
 from memscrub.models.tokens import blocks
 from memscrub.storage.checkpoint import open_checkpoint
 from memscrub.storage.untrusted_config import Reading
@@ -150,6 +157,44 @@ def test_a_tokenizer_that_breaks_down_is_one_refusal_without_the_text(broken: di
     assert "secretword" not in str(caught.value)
     with pytest.raises(CheckpointError):
         blocks(opened(root), [Document("w01 secretword", "retain.txt", 1)])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "none"}},
+    ],
+)
+def test_a_tokenizer_that_breaks_down_is_one_refusal_wherever_it_is_given_a_text(
+    broken: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    write_list(tmp_path / "list.jsonl", ["w01 w02 w03 w04"], "t", "c")
+    (tmp_path / "near.txt").write_text("w01 secretword")
+    (tmp_path / "policy.toml").write_text(
+        'schema = 1\nname = "n"\n[protected]\nfiles = ["list.jsonl"]\n[class.c]\nmax_verbatim_tokens = 2\n'
+        '[locality]\nneighbours = ["near.txt"]\n'
+    )
+    inputs = open_inputs(root, tmp_path / "policy.toml", device="cpu")
+    ids = np.full((2, 80), 3, dtype=np.uint16)
+    np.save(tmp_path / "ids.npy", ids)
+    whole = json.loads((root / "tokenizer.json").read_text())
+    (root / "tokenizer.json").write_text(json.dumps(whole | broken))
+    loaded = opened(root)
+    source = ForeignSource("mempi", tmp_path / "ids.npy")
+    if "model" in broken:  # which knows no id either
+        loaded.tokenizer.decode = lambda ids, **_: "w01 secretword"
+    for ask in (
+        lambda: Encoder(loaded.tokenizer)(["w01 secretword"]),
+        lambda: neighbour_texts(replace(inputs, loaded=loaded)),
+        lambda: read_foreign(loaded, inputs.policy, source),
+        lambda: fixed_distractor(loaded.tokenizer, Mode.REDACT),
+        lambda: available_modes(loaded.tokenizer),
+    ):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is broken") as caught:
+            ask()
+        assert "secretword" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [('"__metadata__":{', '"__metadata__":{"x":"\\ud800",'), ("[0,", "[-0,")])

@@ -358,8 +358,8 @@ def mutate_gzip(inner: Mutator) -> Mutator:
         if kind < 60:
             return mutate_bytes(chance, data)
         try:
-            plain = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error):
+            plain = zlib.decompressobj(wbits=31).decompress(data, MAX_SIZE)
+        except zlib.error:
             return mutate_bytes(chance, data)
         return gzip.compress(inner(chance, plain), 1, mtime=0)
 
