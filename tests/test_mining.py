@@ -121,8 +121,11 @@ def test_every_known_text_is_found_where_it_stands_and_no_strange_one(
 
 
 def test_list_and_sources_are_for_their_owner_only(checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
-    os.umask(os.umask(0) & 0)  # whatever the mask of whoever runs this
-    mine(checkpoint, [corpus], tmp_path / "mined.jsonl", settings=SMALL, device="cpu")
+    before = os.umask(0)  # whatever the mask of whoever runs this
+    try:
+        mine(checkpoint, [corpus], tmp_path / "mined.jsonl", settings=SMALL, device="cpu")
+    finally:
+        os.umask(before)
     for name in ("mined.jsonl", "mined.sources.jsonl"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
