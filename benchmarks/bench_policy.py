@@ -35,7 +35,7 @@ suffix_tokens = 32
 retain = [{retain}]
 statistics = [{statistics}]
 neighbours = [{neighbours}]
-max_tokens = 60000
+max_tokens = {tokens}
 max_kl = 0.1
 max_perplexity_ratio = 1.1
 min_agreement = 0.9
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--run", type=int, default=8)
     parser.add_argument("--texts", type=int)
+    parser.add_argument("--max-tokens", type=int, default=60000, help="of retain text, and of text for statistics")
     parser.add_argument("--like-controls", choices=["copyright", "pii"], action="append", default=[])
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
@@ -62,6 +63,7 @@ def main() -> None:
         (options.out / "statistics.txt").write_text(more, encoding="utf-8")
     policy = POLICY.format(
         run=options.run,
+        tokens=options.max_tokens,
         **{name: "like_controls = true\n" * (name in options.like_controls) for name in ("copyright", "pii")},
         controls=named(folder / "control.jsonl"),
         retain=named(folder / "retain.txt"),
