@@ -34,10 +34,9 @@ name = "gate-speed"
 files = ["protected.jsonl"]
 controls = ["control.jsonl"]
 [class.copyright]
-max_verbatim_tokens = 1000
+max_near_verbatim = 1.0
 [class.pii]
-max_verbatim_tokens = 1000
-max_sampling_probability = 1.0
+max_near_verbatim = 1.0
 [report]
 key = "report.key"
 """
