@@ -36,7 +36,7 @@ def watched(*arguments: str, out: Path | None = None) -> Ran:
     peak = anonymous = disk = scratch = 0
     begun = False  # the output
     while child.poll() is None:
-        found = _memory(child.pid)
+        found = memory(child.pid)
         peak, anonymous = max(peak, found.get("VmHWM", 0)), max(anonymous, found.get("RssAnon", 0))
         if out is not None:
             taken = disk_of(out, child.pid)
@@ -69,7 +69,8 @@ def _size(disk: int, files: list[str], *, nameless: bool = False) -> int:
     return sum(found.values())
 
 
-def _memory(process: int) -> dict[str, int]:
+def memory(process: int) -> dict[str, int]:
+    """VmHWM and RssAnon of a process in bytes; nothing once it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
