@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from memscrub.errors import CheckpointError, IncompleteError, NumericalError, OutputError
+from memscrub.cli.token_views import token_views
+from memscrub.errors import CheckpointError, IncompleteError, NumericalError, OutputError, UsageError
+from memscrub.jobs.scanning import scan
 from memscrub.mining.mine import Settings, journal_file, mine
 from memscrub.models import merging, model
 from memscrub.models.merging import load_merged, merge, merge_in_memory
@@ -298,6 +300,20 @@ def test_what_only_the_adapter_knows_is_found_by_scanning_with_it(
     assert load_report(other).texts == found.texts and load_report(other).adapter is None
 
 
+def test_strips_are_of_the_adapter_that_was_measured_or_of_none(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    base, learnt = taught
+    (tmp_path / "t.txt").write_text(LEARNT + "\n")
+    (tmp_path / "policy.toml").write_text(POLICY)
+    added = Path(shutil.copytree(learnt, tmp_path / "added"))
+    report = scan(base, tmp_path / "policy.toml", device="cpu", adapter=added)
+    (strip,) = token_views(report, tmp_path / "policy.toml", device="cpu").values()
+    assert strip.before
+    tensors = load_file(added / adapters.WEIGHTS)
+    save_file({name: -value for name, value in tensors.items()}, added / adapters.WEIGHTS)
+    with pytest.raises(UsageError, match="not the adapter that the report is about"):
+        token_views(report, tmp_path / "policy.toml", device="cpu")
+
+
 def corpus_of(folder: Path) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text("\n\n".join((random_text(6, 40), LEARNT, random_text(7, 40))) + "\n")
@@ -546,6 +562,44 @@ def test_an_output_over_the_base_or_the_adapter_is_refused(base: Path, adapter: 
     for out in (base, base / "new", adapter, adapter / "new"):
         with pytest.raises(OutputError, match="overlaps the input"):
             merge(ckpt, open_adapter(adapter), out, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        ("scan", "--report", "report.json"),
+        ("scan", "--html", "page.html"),
+        ("scan", "--journal", "scan.journal"),
+        ("scan", "--log", "log.jsonl"),
+        ("mine", "--out", "list.jsonl"),
+        ("mine", "--log", "log.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_no_file_is_written_beside_an_adapter_that_is_read(
+    taught: tuple[Path, Path],
+    tmp_path: Path,
+    command: str,
+    option: str,
+    name: str,
+    through_a_link: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, learnt = taught
+    (tmp_path / "t.txt").write_text(LEARNT + "\n")
+    (tmp_path / "policy.toml").write_text(POLICY)
+    (tmp_path / "link").symlink_to(learnt)
+    mined = ["--corpus", tmp_path / "t.txt"] + ["--out", tmp_path / "list.jsonl"] * (option != "--out")
+    others: list[str | Path] = ["--policy", tmp_path / "policy.toml"] if command == "scan" else [*mined]
+    files = sorted(learnt.iterdir())
+    for read in (learnt, base):
+        place = (tmp_path / "link" if through_a_link and read == learnt else read) / name
+        assert run(monkeypatch, command, base, "--adapter", learnt, *others, option, place) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert str(place) in said and ("lies in" in said or "overlaps the input" in said)
+        assert not place.exists()
+    assert sorted(learnt.iterdir()) == files and not (tmp_path / "list.jsonl").exists()
 
 
 def test_names_may_lack_the_outer_prefix_and_must_not_be_ambiguous(base: Path, tmp_path: Path) -> None:

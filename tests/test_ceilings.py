@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,29 @@ def test_controls_too_short_to_show_anything_are_refused(loaded: LoadedModel) ->
     with pytest.raises(PolicyError, match="control texts of that class are too short"):
         with_ceilings(loaded, policy(), short)
     assert with_ceilings(loaded, policy(), [*short, *controls(loaded)]).classes["c"].max_near_verbatim is not None
+
+
+def test_controls_that_set_only_one_of_the_two_limits_are_refused(loaded: LoadedModel) -> None:
+    def of(length: int, secrets: tuple[tuple[int, int], ...] = ()) -> list[TokenText]:
+        return [replace(token_text(loaded, random_text(seed, length)), secrets=secrets) for seed in (1, 2)]
+
+    # A window of 6 tokens is sampled, and half of the text leaves fewer than 8 to compare.
+    with pytest.raises(PolicyError, match="too short to be continued and compared over 8 tokens"):
+        with_ceilings(loaded, policy(), of(14))
+    least = with_ceilings(loaded, policy(), of(15)).classes["c"]
+    assert least.max_near_verbatim is not None and least.max_sampling_probability is not None
+    long_run = POLICY.replace("max_verbatim_tokens = 6\nlike", "max_verbatim_tokens = 20\nlike")
+    with pytest.raises(PolicyError, match="too short to be sampled over 20 tokens"):
+        with_ceilings(loaded, policy(long_run), of(17))
+    secret = POLICY.replace("like_controls = true", "like_controls = true\nsecret = true")
+    with pytest.raises(PolicyError, match="no control text of that class marks a secret"):
+        with_ceilings(loaded, policy(secret), of(40))
+    assert with_ceilings(loaded, policy(secret), of(40, ((9, 12),))).classes["c"].max_sampling_probability is not None
+    only_near = POLICY.replace("max_verbatim_tokens = 6\nlike", "max_near_verbatim = 0.9\nlike")
+    near = with_ceilings(loaded, policy(only_near), of(40)).classes["c"]
+    assert near.max_near_verbatim is not None and near.max_sampling_probability is None
+    with pytest.raises(PolicyError, match=r"raise near_verbatim_tokens in \[probe\]"):
+        with_ceilings(loaded, policy(POLICY.replace("near_verbatim_tokens = 16", "near_verbatim_tokens = 7")), of(40))
 
 
 def test_a_class_without_controls_is_refused(loaded: LoadedModel) -> None:

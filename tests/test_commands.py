@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from command_line import run
 
+from memscrub.errors import UsageError
+from memscrub.storage.output_file import check_apart
+
 ADDRESS = "jane.doe42@gmail.com"
 
 
@@ -86,6 +89,61 @@ def test_a_report_does_not_replace_a_file_of_the_checkpoint(
     more: list[str | Path] = ["--out", tmp_path / "out"] if command in ("fix", "apply") else []
     assert run(monkeypatch, command, *named, "--policy", tmp_path / "p.toml", "--report", config, *more) == 2
     assert "which is never written" in capsys.readouterr().err and config.read_text() == "{}"
+
+
+LISTED = """schema = 1
+name = "n"
+[protected]
+files = ["list.txt"]
+[class.c]
+max_verbatim_tokens = 6
+[report]
+key = "report.key"
+"""
+ONE_FILE = {
+    "report and journal": ("scan ckpt --policy p.toml --report r --journal r", "--journal", "the file of --report"),
+    "report and page": ("scan ckpt --policy p.toml --report r --html ./r", "--html", "the file of --report"),
+    "through a link": ("scan ckpt --policy p.toml --report target --log link", "--log", "the file of --report"),
+    "its own journal": ("scan ckpt --policy p.toml --report r --log r.journal", "--log", "the file of --journal"),
+    "policy": ("scan ckpt --policy p.toml --report p.toml", "--report", "the policy"),
+    "list": ("scan ckpt --policy p.toml --html list.txt", "--html", "'list.txt' of the policy"),
+    "report key": ("gate ckpt --policy p.toml --log report.key", "--log", "'report.key' of the policy"),
+    "key": ("gate ckpt --policy p.toml --key k.pem --report k.pem", "--report", "the key"),
+    "baseline": ("gate ckpt --policy p.toml --baseline b.json --report b.json", "--report", "the baseline"),
+    "statistics": ("fix ckpt --policy p.toml --out o --stats s --report s", "--stats", "the file of --report"),
+    "patch": ("fix ckpt --policy p.toml --out o --patch s --html s", "--patch", "the file of --html"),
+    "journal": ("fix ckpt --policy p.toml --out o --log o.journal", "--log", "the journal of --out"),
+    "patch that is applied": ("apply ckpt b.json --policy p.toml --out o --report b.json", "--report", "the patch"),
+    "mined list": ("mine ckpt --corpus list.txt --out m.jsonl --log m.jsonl", "--log", "the list"),
+    "its sources": ("mine ckpt --corpus list.txt --out m.jsonl --log m.sources.jsonl", "--log", "the list's sources"),
+    "corpus": ("mine ckpt --corpus list.txt --out m.jsonl --log list.txt", "--log", "list.txt of the corpus"),
+    "tables of a bench": ("bench ckpt --policy p.toml --json t --markdown t", "--markdown", "the file of --json"),
+    "stored report": ("report b.json --policy p.toml --junit p.toml", "--junit", "the policy"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(ONE_FILE))
+def test_no_output_replaces_another_one_or_what_is_read(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, option, what = ONE_FILE[case]
+    monkeypatch.chdir(tmp_path)
+    for name in ("list.txt", "k.pem", "b.json"):
+        (tmp_path / name).write_text("what was there\n")
+    (tmp_path / "report.key").write_text("a key of sixteen bytes or more\n")
+    (tmp_path / "p.toml").write_text(LISTED)
+    (tmp_path / "link").symlink_to("target")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert run(monkeypatch, *line.split()) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{option} names" in said and f"which is {what}" in said and said.count("memscrub:") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_device_may_take_several_outputs(tmp_path: Path) -> None:
+    check_apart({"--report": Path("/dev/null"), "--log": Path("/dev/null")}, {})
+    with pytest.raises(UsageError, match="--log names"):
+        check_apart({"--report": tmp_path / "r", "--html": None, "--log": tmp_path / "r"}, {})
 
 
 def test_a_seed_that_torch_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,6 +303,14 @@ def test_a_list_of_which_nothing_could_be_judged_is_no_pass_in_any_face() -> Non
     assert "2 of 2 protected texts could not be judged." in page
 
 
+def test_a_text_is_not_only_called_short_where_a_secret_could_not_be_judged() -> None:
+    short = text("a", Status.INCONCLUSIVE)
+    unjudged = replace(short, before=replace(short.before, unjudged_secrets=1))
+    said = [entries(report(each, outcome=Outcome.PASS))[0].sentence for each in (short, unjudged)]
+    assert said[0] == "'a' is too short to judge (12 tokens)."
+    assert said[1].startswith(said[0][:-1]) and "nothing stands before a secret" in said[1]
+
+
 def test_a_stored_report_keeps_the_outcome_that_it_states(tmp_path: Path) -> None:
     """Releases before let a list pass of which nothing could be judged."""
     passed = report(text("a", Status.INCONCLUSIVE), outcome=Outcome.PASS)

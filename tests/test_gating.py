@@ -19,8 +19,10 @@ from memscrub.errors import SignatureInvalidError, UntrustedMeasuresError, Usage
 from memscrub.jobs.gating import Gated, gate
 from memscrub.jobs.scanning import scan
 from memscrub.jobs.scrub import Signing, fix
+from memscrub.policy.document import load_policy
 from memscrub.proof.signing import Verification, sign_directory, sign_report, verify_directory
 from memscrub.proof.trusting import signed_report
+from memscrub.reports import basis
 from memscrub.reports.judgement import Status
 from memscrub.reports.records import ExcuseRecord
 from memscrub.reports.report import REPORT_NAME, load_report
@@ -194,6 +196,10 @@ def test_a_report_without_measures_of_every_text_is_not_trusted(world: Path) -> 
     sign_again(world, "fixed")
     with pytest.raises(UntrustedMeasuresError, match="lacks texts of the list"):
         gated(world, trust=True)
+    path.write_text(replace(stated, controls=stated.controls[1:]).to_json())  # limits of like_controls come from them
+    sign_again(world, "fixed")
+    with pytest.raises(UntrustedMeasuresError, match="lacks control texts of the list"):
+        gated(world, trust=True)
     path.write_text(replace(stated, texts=(replace(stated.texts[0], after=None), *stated.texts[1:])).to_json())
     sign_again(world, "fixed")
     with pytest.raises(UntrustedMeasuresError, match="lacks measures after the edit"):
@@ -215,6 +221,18 @@ def test_estimates_and_reports_of_earlier_releases_are_not_trusted(world: Path) 
         sign_again(world, "fixed")
         with pytest.raises(UntrustedMeasuresError, match=reason):
             gated(world, trust=True)
+
+
+def test_measures_of_another_definition_are_measured_again(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the number is raised for: an older report says the same words and means something else."""
+    earlier = basis.settings_digest(load_policy(world / "policy.toml"))
+    monkeypatch.setattr(basis, "MEASURES", basis.MEASURES + 1)
+    assert basis.settings_digest(load_policy(world / "policy.toml")) != earlier
+    with pytest.raises(UntrustedMeasuresError, match="by a memscrub that defines measures otherwise"):
+        gated(world, trust=True)
+    found = gated(world)
+    assert found.report.trusted is None and "measured again" in found.remarks[0]
+    assert found.report.basis is not None and found.report.basis.settings_sha256 != earlier
 
 
 def test_a_report_that_changes_between_hashing_and_reading_is_refused(made: Path) -> None:

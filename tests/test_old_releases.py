@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from fixtures.reports.make import make
 
+from memscrub.jobs.gating import gate
+from memscrub.policy.document import load_policy
 from memscrub.proof.edit_ledger import check_edit
 from memscrub.proof.signing import verify_directory
+from memscrub.reports.basis import settings_digest
 from memscrub.reports.report import REPORT_NAME, load_report
 from memscrub.storage.checkpoint import digest_files, open_checkpoint
 from memscrub.storage.patch import open_patch
@@ -47,6 +50,16 @@ def test_its_reports_load_with_what_they_say(release: Path) -> None:
     assert fixed.edit is not None and fixed.edit.tensors and fixed.input.files == digest_files(release / "base")
     assert load_report(release / "failed" / REPORT_NAME).verdict.exit_code == 4
     assert [load_report(release / f"{kind}.json").kind for kind in ("scan", "gate")] == ["scan", "gate"]
+
+
+def test_its_measures_are_trusted_where_they_mean_what_this_version_measures(release: Path) -> None:
+    """Else the directory is measured, and passes all the same."""
+    stated = load_report(release / "passed" / REPORT_NAME).basis
+    same = stated is not None and stated.settings_sha256 == settings_digest(load_policy(release / "policy.toml"))
+    assert same or release.parent == REPORTS
+    found = gate(release / "passed", release / "policy.toml", key=release / "ec.pub", device="cpu")
+    assert (found.report.trusted is not None) is same and found.report.verdict.exit_code == 0
+    assert ("measured again" in found.remarks[0]) is not same
 
 
 def test_its_patch_leads_there_and_back(release: Path, tmp_path: Path) -> None:

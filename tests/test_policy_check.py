@@ -70,6 +70,22 @@ def test_a_policy_without_a_key_for_trust_or_with_too_few_texts_for_its_rate_say
     assert "elsewhere.key is not here" in " ".join(check_policy(tmp_path / "policy.toml", day=DAY).remarks)
 
 
+@pytest.mark.parametrize(
+    ("characters", "run", "said"), [(56, 8, True), (60, 8, False), (60, 16, True), (80, 16, False)]
+)
+def test_controls_that_may_be_too_short_for_the_limits_they_are_to_set_are_a_remark(
+    tmp_path: Path, characters: int, run: int, said: bool
+) -> None:
+    policy = POLICY.replace('files = ["protected.jsonl"]', 'files = ["protected.jsonl"]\ncontrols = ["control.jsonl"]')
+    path = lay_out(
+        tmp_path, policy.replace("max_verbatim_tokens = 16", f"max_verbatim_tokens = {run}\nlike_controls = true")
+    )
+    entries = [{"id": str(count), "class": "c", "text": "x" * count} for count in (5, characters)]
+    (tmp_path / "control.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    remarks = check_policy(path, day=DAY).remarks
+    assert ("all control texts of class c are perhaps too short for like_controls" in remarks) is said
+
+
 def test_an_expired_waiver_is_an_error_with_its_line(tmp_path: Path) -> None:
     path = lay_out(tmp_path, POLICY + WAIVER)
     assert check_policy(path, day=date(2026, 6, 30)).waivers

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from memscrub.cli.options import Checkpoint, OneDevice, PolicyFile, Quiet, Seed
+from memscrub.cli.output import check_files
 from memscrub.errors import IncompleteError, UsageError
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results as JSON, row by row.")]
@@ -50,6 +51,7 @@ def bench(
     from memscrub.cli.bench_console import show_bench
     from memscrub.cli.progress import shown
 
+    check_files({"--json": json, "--markdown": markdown, "--plot": plot}, policy, {})
     if grid not in ("small", "large"):
         raise UsageError(f"the grid '{grid}' is not known; use small or large.")
     recipes = finetune.grid() if grid == "small" else finetune.large_grid()

@@ -18,7 +18,7 @@ from memscrub.jobs.scrub import Fixed, Signing, fix
 from memscrub.measures.extraction import Sampling, score
 from memscrub.measures.measure import Progress, silent
 from memscrub.models.model import load_model
-from memscrub.models.tokens import tokenize
+from memscrub.models.tokens import decoded, tokenize
 from memscrub.policy.document import load_policy
 from memscrub.policy.init_files import policies_folder
 from memscrub.proof.keys import generate_keypair
@@ -97,7 +97,7 @@ def _strips(folder: Path, shown: str, device: str) -> Callable[[Path], Text]:
         loaded = load_model(open_checkpoint(checkpoint), device=device)
         (tokens,) = tokenize(loaded, [text])
         (scores,) = score(loaded, [tokens], lambda _: Sampling())
-        words = [loaded.tokenizer.decode([token]) for token in tokens.tokens]
+        words = [decoded(loaded, [token]) for token in tokens.tokens]
         return token_strip(words, (scores.gap > 0).tolist(), tokens.start)
 
     return strip

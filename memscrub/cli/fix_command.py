@@ -26,7 +26,7 @@ from memscrub.cli.options import (
     Seed,
     passphrase,
 )
-from memscrub.cli.output import check_report_file, deliver, progress_shown, remarks, say_written
+from memscrub.cli.output import check_files, check_report_file, deliver, progress_shown, remarks, say_written
 from memscrub.cli.page_output import page_of
 from memscrub.journals.interrupts import finished, going_on
 from memscrub.journals.run_log import RunLog
@@ -77,6 +77,9 @@ def fix(
     from memscrub.journals.run_journal import journal_file
     from memscrub.locality.utility import tasks_of
 
+    written = {"--report": report, "--html": html, "--patch": patch, "--stats": stats, "--log": log}
+    read = {"the key": sign, "the file of --trust-config": trust_config, "the journal of --out": journal_file(out)}
+    check_files(written, policy, read)
     signing = None if sign is None else Signing(sign, passphrase(sign), trust_config)
     with RunLog(log, "fix", outside=[checkpoint, out]) as lines:
         with going_on(journal_file(out)), progress_shown(quiet, lines) as progress:

@@ -25,7 +25,7 @@ from memscrub.cli.options import (
     Reveal,
     Seed,
 )
-from memscrub.cli.output import check_report_file, deliver, progress_shown, remarks, say
+from memscrub.cli.output import check_files, check_report_file, deliver, progress_shown, remarks, say
 from memscrub.cli.page_output import page_of
 from memscrub.errors import UsageError
 from memscrub.journals.run_log import RunLog
@@ -63,6 +63,8 @@ def gate(
     if tolerance is not None and baseline is None:
         raise UsageError("--tolerance is about a baseline; name one with --baseline.")
     page = page_of(html, policy, reveal=reveal, device=device, outside=[directory])
+    read = {"the key": key, "the baseline": baseline}
+    check_files({"--report": report, "--html": html, "--log": log}, policy, read)
     from memscrub.jobs.gating import gate as run
     from memscrub.reports.baseline import TOLERANCE
 

@@ -21,6 +21,7 @@ from memscrub.cli.output import progress_shown, remarks
 from memscrub.errors import ExitCode
 from memscrub.journals.interrupts import going_on
 from memscrub.journals.run_log import RunLog
+from memscrub.storage.output_file import check_apart
 
 if TYPE_CHECKING:
     from memscrub.mining.mine import Mined
@@ -70,12 +71,16 @@ def mine(
     dtype: Dtype = "auto",
 ) -> None:
     """Find the texts of a corpus that a checkpoint gives away. Writes a protected list. Exit 0: done, 3: incomplete."""
+    from memscrub.mining.entries import sources_file
     from memscrub.mining.mine import Settings, journal_file
     from memscrub.mining.mine import mine as run_mine
 
     settings = Settings(
         run, window, overlap, context, openings, similar, class_name, text_column, batch_tokens
     )  # fmt: skip
+    taken = {"the list": out, "the list's sources": sources_file(out), "the list's journal": journal_file(out)}
+    taken |= {f"{path} of the corpus or the controls": path for path in (*corpus, *(controls or ()))}
+    check_apart({"--log": log}, taken)
     with RunLog(log, "mine", outside=[each for each in (checkpoint, adapter) if each]) as lines:
         quiet_here = quiet or not sys.stderr.isatty()
         with going_on(journal_file(out), "found"), progress_shown(quiet_here, lines) as progress:

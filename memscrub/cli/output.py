@@ -6,7 +6,7 @@ Part of the command line; decides nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from memscrub.cli.page_output import Page, write_page
-from memscrub.storage.output_file import check_place, write_output
+from memscrub.errors import UsageError
+from memscrub.storage.output_file import check_apart, check_place, write_output
 from memscrub.storage.partial import refuse_overlap
 
 if TYPE_CHECKING:
@@ -77,6 +78,26 @@ def check_report_file(file: Path | None, *outside: str | Path | None) -> None:
         for directory in outside:
             if directory is not None:
                 refuse_overlap(file, Path(directory))
+
+
+def check_files(written: Mapping[str, Path | None], policy: Path | None, read: Mapping[str, Path | None]) -> None:
+    """Refuse files that would replace each other, the policy, what the policy names, or what else is read."""
+    named = {} if policy is None else _named_by(policy)
+    check_apart(written, {**read, **named, "the policy": policy})
+
+
+def _named_by(policy: Path) -> dict[str, Path]:
+    """The files that a policy names; none where it cannot be read, which the command itself says."""
+    from memscrub.policy.document import load_policy
+
+    try:
+        rules = load_policy(policy)
+    except UsageError:
+        return {}
+    texts, ordinary = rules.protected, rules.locality
+    names = (*texts.files, *texts.controls, *ordinary.retain, *ordinary.statistics, *ordinary.neighbours)
+    keys = tuple(name for name in (rules.report.key, rules.sign.key) if name is not None)
+    return {f"{name!r} of the policy": rules.resolve(name) for name in (*names, *keys)}
 
 
 def say(sentence: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memscrub.cli.options import Directory, OneDevice, OutDirectory, Quiet, ReportFile, Seed, passphrase
-from memscrub.cli.output import check_report_file, deliver, progress_shown, say, say_written
+from memscrub.cli.output import check_files, check_report_file, deliver, progress_shown, say, say_written
 from memscrub.errors import ArchitectureError, UsageError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def apply(
     if policy is None and (sign is not None or report is not None):
         raise UsageError("--sign and --report need --policy: without it nothing is measured, so nothing is attested.")
     check_report_file(report, base, out)
+    check_files({"--report": report}, policy, {"the patch": patch, "the key": sign})
     opened, found = open_patch(patch), open_checkpoint(base)
     loaded = None if policy is None else load_policy(policy)
     problem = None if loaded is None else mismatch(found, opened, "before")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memscrub.cli.options import Device, PublicKey, Quiet
-from memscrub.cli.output import check_report_file, progress_shown, say
+from memscrub.cli.output import check_files, check_report_file, progress_shown, say
 from memscrub.cli.page_output import page_of, write_page
 from memscrub.errors import MemscrubError, UsageError
 from memscrub.storage.output_file import write_output
@@ -69,7 +69,7 @@ def report(
     """Show a stored report again, and write it in other formats. Exit 0: done; what it states with --exit-code."""
     files = {"--html": html, "--junit": junit, "--sarif": sarif, "--markdown": markdown, "--model-card": model_card}
     path = _report_file(source)
-    _check_files({name: file for name, file in files.items() if file is not None}, path)
+    _check_files(files, path, policy)
     _check_options(strips=strips, reveal=reveal, html=html, policy=policy)
     outside = [source] if source.is_dir() else []
     page = page_of(html, policy if strips or reveal else None, reveal=reveal, device=device, outside=outside)
@@ -107,16 +107,14 @@ def _report_file(source: Path) -> Path:
     return source / REPORT_NAME if source.is_dir() else source
 
 
-def _check_files(files: dict[str, Path], report: Path) -> None:
+def _check_files(files: Mapping[str, Path | None], report: Path, policy: Path | None) -> None:
     from memscrub.faces.model_card import refuse_signed
 
-    taken = {report.absolute(): "the report itself"}
-    for option, file in files.items():
+    for file in files.values():
         check_report_file(file)
-        if file.absolute() in taken:
-            raise UsageError(f"{option} names {file}, which is {taken[file.absolute()]}; name another file.")
-        taken[file.absolute()] = f"the file of {option}"
-        refuse_signed(file)
+        if file is not None:
+            refuse_signed(file)
+    check_files(files, policy, {"the report itself": report})
 
 
 def _check_options(*, strips: bool, reveal: bool, html: Path | None, policy: Path | None) -> None:

@@ -5,6 +5,7 @@ Heavy modules are imported inside it, so that `memscrub --help` does not load to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -24,7 +25,7 @@ from memscrub.cli.options import (
     Reveal,
     Seed,
 )
-from memscrub.cli.output import check_report_file, deliver, progress_shown, remarks, write_report
+from memscrub.cli.output import check_files, check_report_file, deliver, progress_shown, remarks, write_report
 from memscrub.cli.page_output import page_of
 from memscrub.errors import OutputError, UsageError
 from memscrub.journals.interrupts import finished, going_on
@@ -81,14 +82,17 @@ def scan(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure what a checkpoint gives away of the policy's texts. Exit 0: within the policy, 1: not."""
-    check_report_file(report, checkpoint, adapter)
+    read = [checkpoint] if adapter is None else [checkpoint, adapter]
+    check_report_file(report, *read)
     measures = _measures(also or [])
     from memscrub.jobs.scanning import scan as run
 
     foreign = _foreign(format, list_file, list_class, split, text_column, prefix_column, suffix_column)
-    page = page_of(html, policy, reveal=reveal, device=device, foreign=foreign, outside=[checkpoint])
-    kept = _journal(journal, report, checkpoint)
-    with RunLog(log, "scan", outside=[each for each in (checkpoint, adapter) if each]) as lines:
+    page = page_of(html, policy, reveal=reveal, device=device, foreign=foreign, outside=read)
+    kept = _journal(journal, report, read)
+    written = {"--report": report, "--html": html, "--journal": kept, "--log": log}
+    check_files(written, policy, {"the list of --list": list_file})
+    with RunLog(log, "scan", outside=read) as lines:
         with going_on(kept), progress_shown(quiet, lines) as progress:
             found = run(
                 checkpoint,
@@ -110,14 +114,18 @@ def scan(
         raise typer.Exit(found.verdict.exit_code)
 
 
-def _journal(journal: Path | None, report: Path | None, checkpoint: str) -> Path | None:
-    """Where the scan keeps how far it has got: as told, else beside its report, else nowhere."""
+def _journal(journal: Path | None, report: Path | None, outside: Sequence[str]) -> Path | None:
+    """Where the scan keeps how far it has got: as told, else beside its report, else nowhere.
+
+    Raises OutputError where that is in one of the directories `outside`.
+    """
     from memscrub.journals.run_journal import journal_file
 
     if journal is not None:
         check_place(journal, "the journal")
-        if lies_in(journal, checkpoint):
-            raise OutputError(f"{journal} lies in {checkpoint}, which is never written; keep the journal elsewhere.")
+        for directory in outside:
+            if lies_in(journal, directory):
+                raise OutputError(f"{journal} lies in {directory}, which is never written; keep the journal elsewhere.")
         return journal
     if report is None or (report.exists() and not report.is_file()):
         return None

@@ -14,10 +14,11 @@ from memscrub.errors import UsageError
 from memscrub.faces.html_rows import STANDINGS, standing
 from memscrub.faces.html_tokens import TokenView, strip
 from memscrub.jobs.foreign_lists import ForeignSource
+from memscrub.jobs.records import adapter_record
 from memscrub.jobs.scanning import Inputs, open_inputs
 from memscrub.measures.extraction import scored
 from memscrub.measures.measure import Progress, sampling_of, silent
-from memscrub.models.tokens import TokenText
+from memscrub.models.tokens import TokenText, decoded
 from memscrub.policy.document import Policy, load_policy
 from memscrub.reports.judgement import Status
 from memscrub.reports.report import CheckpointRecord, Report, TextRecord
@@ -90,6 +91,9 @@ def _marked(
     # A written directory has its report and signatures beside the files that the report could name.
     if not record.files.items() <= digest_files(inputs.ckpt).items():
         raise UsageError(f"{record.path}: this is not the checkpoint that the report is about; its files differ.")
+    added, stated = inputs.adapter, report.adapter
+    if added is not None and stated is not None and not stated.files.items() <= adapter_record(added).files.items():
+        raise UsageError(f"{stated.path}: this is not the adapter that the report is about; its files differ.")
     texts = [text for text in inputs.texts if text.id in wanted]
     first = policy.probe.min_prefix_tokens
     judged = {text.id: max(0, len(text.tokens) - text.first_judged(first)) for text in texts}
@@ -115,5 +119,5 @@ def _view(inputs: Inputs, text: TokenText, gaps: list[float], log_p: list[float]
         before=strip(gaps[first - 1 :], log_p[first - 1 :]),
         judged=text.first_judged(inputs.policy.probe.min_prefix_tokens) - first,
         secrets=text.secrets,
-        tokens=tuple(inputs.loaded.tokenizer.decode([token]) for token in text.tokens[first:]) if reveal else None,
+        tokens=tuple(decoded(inputs.loaded, [token]) for token in text.tokens[first:]) if reveal else None,
     )

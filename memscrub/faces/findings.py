@@ -131,8 +131,10 @@ def entries(report: Report) -> tuple[Entry, ...]:
 def of_text(text: TextRecord, *, passed: bool) -> Iterator[Entry]:
     """A text's broken limits, or that it could not be judged; `passed`: the report's verdict is a pass."""
     if text.judgement.status is Status.INCONCLUSIVE:
-        sentence = f"'{text.id}' is too short to judge ({text.latest.tokens} tokens)."
-        yield _entry(text, "inconclusive", Level.NOTE, sentence, 0.0, None)
+        sentence = f"'{text.id}' is too short to judge ({text.latest.tokens} tokens)"
+        if text.latest.unjudged_secrets:
+            sentence += ", or because nothing stands before a secret that it marks"
+        yield _entry(text, "inconclusive", Level.NOTE, f"{sentence}.", 0.0, None)
     reasons = {each.limit: _EXCUSES.get(each.by, "excused") for each in text.excused}
     for finding in text.judgement.findings:
         if finding.holds:

@@ -23,7 +23,7 @@ from memscrub.texts.protected import ProtectedList, ProtectedText, iter_texts, l
 # Of English text; how many tokens a text has only its model's tokenizer knows.
 CHARACTERS_PER_TOKEN = 4
 # Texts of so many tokens are too short for a near-verbatim opening, which gives half of them and compares eight.
-NO_OPENING = 15
+NO_OPENING = 14
 # Days before its end from which on a waiver is worth a remark.
 SOON = 30
 
@@ -64,7 +64,7 @@ def check_policy(path: Path, *, day: date | None = None) -> PolicyCheck:
         duplicates=protected.duplicates,
         short=short,
         waivers=allowances.waivers,
-        remarks=tuple(_remarks(policy, protected, short, now)),
+        remarks=(*_remarks(policy, protected, short, now), *_of_controls(policy, controls)),
     )
 
 
@@ -74,6 +74,15 @@ def _check_ceilings(policy: Policy, controls: ProtectedList) -> None:
         if limits.like_controls and name not in present:
             message = f"class {name} sets like_controls, but there is no control text of that class; add some."
             raise PolicyError(f"{policy.path}: {message}")
+
+
+def _of_controls(policy: Policy, controls: ProtectedList) -> Iterator[str]:
+    """Classes whose controls may be too short to set their limits; only a scan knows, and refuses such a policy."""
+    for name, limits in policy.classes.items():
+        lengths = [len(text.text) for text in controls if text.class_name == name]
+        window = 0 if limits.secret else limits.max_verbatim_tokens or 0
+        if limits.like_controls and lengths and max(lengths) / CHARACTERS_PER_TOKEN <= max(NO_OPENING, window):
+            yield f"all control texts of class {name} are perhaps too short for like_controls"
 
 
 def _expired(policy: Policy, waiver: Waiver) -> str:

@@ -14,7 +14,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from memscrub.models.model import LoadedModel
-from memscrub.models.tokens import TokenText
+from memscrub.models.tokens import TokenText, decoded
 
 # Shorter remainders say nothing: a few common tokens are close to anything.
 MIN_SUFFIX = 8
@@ -91,9 +91,7 @@ def continue_greedily(
 def similarity(loaded: LoadedModel, said: Sequence[int], truth: Sequence[int]) -> float:
     """The higher of token and character similarity, 1 - Levenshtein distance / length of the longer one."""
     tokens = Levenshtein.normalized_similarity(list(said), list(truth))
-    characters = Levenshtein.normalized_similarity(
-        loaded.tokenizer.decode(list(said)), loaded.tokenizer.decode(list(truth))
-    )
+    characters = Levenshtein.normalized_similarity(decoded(loaded, said), decoded(loaded, truth))
     return max(tokens, characters)
 
 

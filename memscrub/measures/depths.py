@@ -19,7 +19,7 @@ from memscrub.measures.near_beam import NearMass, near_verbatim_mass
 from memscrub.measures.passes import halving
 from memscrub.measures.prefix_sweep import Variant, rates, sweep_prefixes
 from memscrub.models.model import LoadedModel
-from memscrub.models.tokens import TokenText
+from memscrub.models.tokens import TokenText, decoded
 from memscrub.policy.document import Policy
 from memscrub.policy.sections import Also
 from memscrub.reports.records import (
@@ -206,7 +206,7 @@ def _alignment(asker: _Asker, found: DepthsRecord) -> DepthsRecord:
         told = asker.told(f"continuations after {prefix} tokens", len(starts))
         said = halving(partial(_continuations, asker.loaded, starts, told), probe.batch_tokens)
         for each in said:
-            near = closeness(each.tokens, each.opening.truth, lambda ids: str(asker.loaded.tokenizer.decode(list(ids))))
+            near = closeness(each.tokens, each.opening.truth, lambda ids: decoded(asker.loaded, ids))
             index = each.opening.text
             now = AlignmentRecord(*(getattr(near, f.name) for f in fields(AlignmentRecord)))
             records[index] = replace(records[index], alignment=_highest(records[index].alignment, now))

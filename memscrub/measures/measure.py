@@ -27,7 +27,7 @@ from memscrub.measures.extraction import (
 )
 from memscrub.measures.passes import CPU_TOKENS, halving
 from memscrub.models.model import LoadedModel
-from memscrub.models.tokens import TokenText
+from memscrub.models.tokens import TokenText, decoded
 from memscrub.policy.document import Policy
 from memscrub.policy.sections import ClassLimits
 from memscrub.reports.judgement import Measures, SecretMeasure
@@ -165,7 +165,7 @@ def _bound(loaded: LoadedModel, text: TokenText, scores: Scores, opening: Openin
     bound = near_verbatim_bound(scores.gap, begin, length, noise, 0.0)
     if bound > limit:
         return bound
-    truth = loaded.tokenizer.decode(list(opening.truth))
+    truth = decoded(loaded, opening.truth)
     half = len(truth) // 2
     chance = Levenshtein.normalized_similarity(truth, truth[half:] + truth[:half])
     return near_verbatim_bound(scores.gap, begin, length, noise, chance)

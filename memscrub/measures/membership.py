@@ -18,7 +18,7 @@ from memscrub.errors import NumericalError
 from memscrub.maths.intervals import RESAMPLES, Interval, auc, bootstrap_auc
 from memscrub.measures.passes import teacher_forced
 from memscrub.models.model import LoadedModel
-from memscrub.models.tokens import TokenText
+from memscrub.models.tokens import TokenText, decoded
 
 # Min-K%++ looks at the least expected fifth of the tokens, as its authors do.
 LOWEST_SHARE = 0.2
@@ -84,7 +84,7 @@ def _first(text: TokenText) -> int:
 def _of_text(loaded: LoadedModel, text: TokenText, log_p: Tensor, mean: Tensor, deviation: Tensor) -> Signals | None:
     if not len(log_p):
         return None
-    characters = loaded.tokenizer.decode(list(text.tokens[text.start :]))
+    characters = decoded(loaded, text.tokens[text.start :])
     return signals_of(log_p, mean, deviation, characters)
 
 

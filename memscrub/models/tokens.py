@@ -105,6 +105,12 @@ def check_ids(loaded: LoadedModel, ids: Sequence[int]) -> None:
         )
 
 
+def decoded(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    """The characters of these tokens. Raises CheckpointError where the tokenizer fails at them."""
+    with Encoding():
+        return str(loaded.tokenizer.decode(list(ids)))
+
+
 def pad(rows: Sequence[Sequence[int]]) -> Tensor:
     """Right-padded ids `[len(rows), longest]`; rows without any token make one column of padding."""
     width = max(1, *map(len, rows))

@@ -131,7 +131,8 @@ def _of_other_texts(
     if here.settings_sha256 != there.settings_sha256:
         return (
             "its report was made with other settings of what is measured: [probe], or max_verbatim_tokens,"
-            " max_near_verbatim (set or not), like_controls or the sampling of a class."
+            " max_near_verbatim (set or not), like_controls or the sampling of a class; or by a memscrub that defines"
+            " measures otherwise."
         )
     if dtype not in ("auto", stated.environment.dtype):
         return f"its report was measured in {stated.environment.dtype}, and {dtype} is asked for."
@@ -139,8 +140,10 @@ def _of_other_texts(
         return "its report holds estimates of a scan that was screened."
     if stated.kind == "fix" and any(record.after is None for record in (*stated.texts, *stated.controls)):
         return "its report lacks measures after the edit."
-    wanted, found = [(t.id, t.class_name) for t in protected], [(r.id, r.class_name) for r in stated.texts]
-    return None if sorted(wanted) == sorted(found) else "its report lacks texts of the list."
+    for texts, records, what in ((protected, stated.texts, "texts"), (controls, stated.controls, "control texts")):
+        if sorted((t.id, t.class_name) for t in texts) != sorted((r.id, r.class_name) for r in records):
+            return f"its report lacks {what} of the list."
+    return None
 
 
 def _limits(policy: Policy, controls: Sequence[TextRecord]) -> dict[str, ClassLimits]:

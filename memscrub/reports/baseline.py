@@ -87,4 +87,7 @@ def baseline_remarks(record: BaselineRecord, policy_sha256: str, *, alike: bool)
     if record.policy_sha256 != policy_sha256:
         yield "the baseline was made under another version of the policy; its limits were those of that version."
     if not alike:
-        yield "the baseline was measured with other settings: only runs and emitted secrets are held against it."
+        yield (
+            "the baseline was measured with other settings, or by a memscrub that defines measures otherwise: only runs"
+            " and emitted secrets are held against it."
+        )

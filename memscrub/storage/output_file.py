@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from memscrub.errors import UsageError
@@ -14,6 +15,22 @@ def check_place(file: Path, what: str) -> None:
     """Raise UsageError where `what` (as in "the report") cannot be written there: known before an hour of work."""
     if file.is_dir() or not file.parent.is_dir():
         raise UsageError(f"{file}: {what} cannot be written there; name a file in a folder that exists.")
+
+
+def check_apart(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where a file would be written twice, or in place of one that is read, by whatever links.
+
+    `written` are files by their options, `read` by what they are; None counts as not given. Pipes and devices take
+    several outputs.
+    """
+    taken = {os.path.realpath(file): what for what, file in read.items() if file is not None}
+    for option, file in written.items():
+        if file is None or (os.path.exists(file) and not os.path.isfile(file)):
+            continue
+        place = os.path.realpath(file)
+        if place in taken:
+            raise UsageError(f"{option} names {file}, which is {taken[place]}; name another file.")
+        taken[place] = f"the file of {option}"
 
 
 def lies_in(file: Path, directory: str | Path) -> bool:

@@ -61,7 +61,7 @@ class Reading:
 
 
 class Encoding:
-    """The context in which a text is given to a checkpoint's tokenizer; where that fails, it is the tokenizer's fault.
+    """The context in which a checkpoint's tokenizer is given a text or its tokens; failures are the tokenizer's fault.
 
     Raises CheckpointError without a word of the library's, which may be words of the text.
     """

@@ -11,19 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, opened, tiny_checkpoint, token_text, write_list
+from models import FAMILIES, opened, random_text, tiny_checkpoint, token_text, write_list
 from safetensors.torch import load_file, save_file
 
+from memscrub.cli.token_views import token_views
 from memscrub.edit.modes import Mode, available_modes, fixed_distractor
 from memscrub.errors import CheckpointError, IncompleteError, MemscrubError
 from memscrub.jobs.foreign_lists import ForeignSource, read_foreign
 from memscrub.jobs.ordinary_text import neighbour_texts
-from memscrub.jobs.scanning import open_inputs
+from memscrub.jobs.scanning import open_inputs, scan
+from memscrub.measures.continuation import similarity
+from memscrub.measures.depths import measure_depths
+from memscrub.measures.measure import measure
 from memscrub.mining.windows import Encoder
-from memscrub.models.tokens import blocks
-from memscrub.storage.checkpoint import open_checkpoint
+from memscrub.models.tokens import blocks, decoded
+from memscrub.policy.document import load_policy
+from memscrub.reports.report import CheckpointRecord
+from memscrub.storage.checkpoint import digest_files, open_checkpoint, tree_digest
 from memscrub.storage.untrusted_config import Reading
-from memscrub.texts.protected import Document
+from memscrub.texts.protected import Document, load_protected
 
 VALUES: tuple[Any, ...] = (0, -1, 10**9, 10**30, 1.5, None, "x", [], {})
 
@@ -195,6 +201,41 @@ def test_a_tokenizer_that_breaks_down_is_one_refusal_wherever_it_is_given_a_text
         with pytest.raises(CheckpointError, match=r"tokenizer\.json is broken") as caught:
             ask()
         assert "secretword" not in str(caught.value)
+
+
+def test_a_tokenizer_that_breaks_down_at_tokens_is_one_refusal_wherever_it_is_given_them(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "c", "llama", seed=1)
+    text = random_text(3, 40)
+    write_list(tmp_path / "list.jsonl", [text], "t", "c")
+    (tmp_path / "policy.toml").write_text(
+        'schema = 1\nname = "n"\n[protected]\nfiles = ["list.jsonl"]\n[class.c]\nmax_near_verbatim = 0.9\n'
+    )
+    policy = load_policy(tmp_path / "policy.toml")
+    protected = tuple(load_protected(policy))
+    report = scan(root, policy, device="cpu")
+    whole = json.loads((root / "tokenizer.json").read_text())
+    # A panic at every token: more is stripped from it than it has.
+    alike = {"type": "Replace", "pattern": {"Regex": "."}, "content": "w"}
+    strip = {"type": "Strip", "content": "w", "start": 0, "stop": 99}
+    decoder = {"type": "Sequence", "decoders": [alike, strip]}
+    (root / "tokenizer.json").write_text(json.dumps(whole | {"decoder": decoder}))
+    files = digest_files(open_checkpoint(root))
+    report = replace(report, input=CheckpointRecord(str(root), tree_digest(files), files))
+    loaded = opened(root)
+    given = token_text(loaded, text)
+    ids = tuple(given.tokens[given.start :])
+    for ask in (
+        lambda: decoded(loaded, ids),
+        lambda: similarity(loaded, ids, ids),
+        lambda: measure(loaded, policy, [given]),
+        lambda: measure(loaded, policy, [given], screen=True),
+        lambda: measure_depths(loaded, policy, protected, [given], also=("membership",)),
+        lambda: measure_depths(loaded, policy, protected, [given], also=("alignment",)),
+        lambda: token_views(report, policy, reveal=True, device="cpu"),
+    ):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json is broken") as caught:
+            ask()
+        assert not any(word in str(caught.value) for word in text.split())
 
 
 @pytest.mark.parametrize("change", [('"__metadata__":{', '"__metadata__":{"x":"\\ud800",'), ("[0,", "[-0,")])
