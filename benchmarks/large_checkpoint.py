@@ -1,6 +1,6 @@
 """Make a large sharded checkpoint that gives texts away, and measure what memscrub needs to write, scan and fix it.
 
-    python benchmarks/large_checkpoint.py [--size 4e9] [--parts write,scan,fix] [--folder DIR] [--keep]
+    python benchmarks/large_checkpoint.py [--size 4e9] [--parts write,scan,statistics,fix] [--folder DIR] [--keep]
 
 The checkpoint is a Llama in bfloat16. A small trained Llama sits in its first coordinates and two of its layers, so
 that texts come out of it; the other layers read and compute but write zeros. Nothing is downloaded. What is counted as
@@ -50,6 +50,7 @@ files = ["protected.jsonl"]
 max_verbatim_tokens = 8
 [locality]
 retain = ["retain.txt"]
+statistics = [{more}]
 max_kl = 0.2
 max_perplexity_ratio = 1.3
 min_agreement = 0.8
@@ -69,9 +70,10 @@ class Shape:
     layers: int
 
     @staticmethod
-    def of(size: float) -> Shape:
-        """The shape whose weights take about `size` bytes in bfloat16."""
-        width, inner, words = (2048, 5632, 32000) if size >= 1e9 else (512, 1408, 4000)
+    def of(size: float, width: int | None = None) -> Shape:
+        """The shape whose weights take about `size` bytes in bfloat16, of this width or a usual one."""
+        width = width or (2048 if size >= 1e9 else 512)
+        inner, words = width * 11 // 4, 4000 if width <= 512 else width * 125 // 8
         layer = 4 * width * width + 3 * width * inner + 2 * width
         return Shape(width, inner, words, max(3, round((size / 2 - 2 * words * width) / layer)))
 
@@ -83,21 +85,24 @@ def main() -> None:
     try:
         checkpoint = folder / "checkpoint"
         if not checkpoint.is_dir():
-            make(checkpoint, options.size, rows=options.retain_rows)
+            shape = Shape.of(options.size, options.width)
+            make(checkpoint, shape, rows=options.retain_rows, more=options.statistics_rows)
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         print(f"checkpoint: {size / 1e9:.3f} GB of weights in {len(list(checkpoint.glob('*.safetensors')))} shards")
         policy = folder / "checkpoint-policy" / "policy.toml"
-        policy.write_text(POLICY.format(sites=options.sites), encoding="utf-8")
+        more = '"statistics.txt"' if options.statistics_rows else ""
+        policy.write_text(POLICY.format(sites=options.sites, more=more), encoding="utf-8")
+        parts = {"write": _writing, "scan": _scan, "statistics": _statistics, "fix": _fix}
         for part in options.parts.split(","):
-            {"write": _writing, "scan": _scan, "fix": _fix}[part](checkpoint, policy, folder, size)
+            parts[part](checkpoint, policy, folder, size)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make(path: Path, size: float, *, rows: int = 3, shards: int = 4, seed: int = 0) -> None:
-    """Write the checkpoint shard by shard to `path`, and a policy with its texts beside it."""
-    shape = Shape.of(size)
+def make(path: Path, shape: Shape, *, rows: int = 3, more: int = 0, shards: int = 4, seed: int = 0) -> None:
+    """Write the checkpoint shard by shard to `path`, and a policy with its texts beside it: `rows` paragraphs of retain
+    text for each half, and `more` rows of two for the solver's statistics alone."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
     texts = [" ".join(f"w{draw.randrange(shape.words - 3)}" for _ in range(LENGTH)) for _ in range(2)]
@@ -121,7 +126,8 @@ def make(path: Path, size: float, *, rows: int = 3, shards: int = 4, seed: int =
     records = [{"id": f"text-{n}", "class": "copyright", "text": text} for n, text in enumerate(texts)]
     (beside / "protected.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (beside / "retain.txt").write_text("\n\n".join(_ordinary(draw, shape.words, 128) for _ in range(2 * rows)))
-    (beside / "policy.toml").write_text(POLICY.format(sites="mlp"))
+    (beside / "statistics.txt").write_text("\n\n".join(_ordinary(draw, shape.words, 128) for _ in range(2 * more)))
+    (beside / "policy.toml").write_text(POLICY.format(sites="mlp", more=""))
 
 
 def _config(shape: Shape) -> LlamaConfig:
@@ -293,6 +299,16 @@ def _scan(checkpoint: Path, policy: Path, folder: Path, size: int) -> None:
           f" (not backed by files: {ran.anonymous / 1e9:.3f} GB)")  # fmt: skip
 
 
+def _statistics(checkpoint: Path, policy: Path, folder: Path, size: int) -> None:
+    """The part of a fix with the most extra disk: its retain statistics, measured and dropped."""
+    out = folder / "statistics"
+    program = (str(Path(__file__).with_name("extra_disk.py")), "--measure")
+    ran = watched(str(checkpoint), str(policy), str(out), out=out, program=program)
+    print(f"statistics: exit {ran.code}, {ran.seconds:.0f} s, extra disk at most {ran.disk / 1e9:.3f} GB"
+          f" = {ran.disk / size:.3f} x the weights")  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
+
+
 def _fix(checkpoint: Path, policy: Path, folder: Path, size: int) -> None:
     out = folder / "scrubbed"
     options = ("--policy", str(policy), "--out", str(out), "--quiet", "--device", "cpu")
@@ -317,9 +333,11 @@ def _goal(out: Path) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=float, default=4e9, help="bytes of weights")
-    parser.add_argument("--parts", default="write,scan,fix", help="what to measure, by comma")
+    parser.add_argument("--width", type=int, help="of the model; by default 2048 from 1e9 bytes on, else 512")
+    parser.add_argument("--parts", default="write,scan,fix", help="what to measure, by comma; statistics as well")
     parser.add_argument("--sites", default="mlp", help="[fix] sites of the policy")
-    parser.add_argument("--retain-rows", type=int, default=3, help="rows of 256 words of retain text in each half")
+    parser.add_argument("--retain-rows", type=int, default=3, help="paragraphs of retain text in each half")
+    parser.add_argument("--statistics-rows", type=int, default=0, help="rows of 256 words more for the solver alone")
     parser.add_argument("--folder", help="where to put everything; it stays with --keep")
     parser.add_argument("--keep", action="store_true", help="leave the folder")
     return parser.parse_args()

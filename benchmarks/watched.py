@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,10 @@ class Ran:
     scratch: int
 
 
-def watched(*arguments: str, out: Path | None = None) -> Ran:
-    """Run memscrub; until it ends, look at its memory and at what it has on disk for the output `out`."""
+def watched(*arguments: str, out: Path | None = None, program: Sequence[str] = ("-m", "memscrub")) -> Ran:
+    """Run memscrub, or other Python; until it ends, look at its memory and at what it has on disk for `out`."""
     began = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "memscrub", *arguments])
+    child = subprocess.Popen([sys.executable, *program, *arguments])
     peak = anonymous = disk = scratch = 0
     begun = False  # the output
     while child.poll() is None:

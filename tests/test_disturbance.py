@@ -11,7 +11,16 @@ import torch
 from models import FAMILIES, opened, ordinary_rows, tiny_checkpoint
 from torch import Tensor
 
-from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.edit import disturbance
+from memscrub.edit.disturbance import (
+    ENOUGH,
+    MOST_APART,
+    RIDGE,
+    Metric,
+    graded,
+    measure_disturbance,
+    sampled_gradient,
+)
 from memscrub.errors import NumericalError
 from memscrub.models.model import LoadedModel
 from memscrub.models.site_finding import sites_of
@@ -93,6 +102,60 @@ def test_solving_undoes_the_metric() -> None:
     metric = Metric(torch.linalg.cholesky(c), torch.linalg.cholesky(f))
     torch.testing.assert_close(metric.solve_inputs(rows) @ c, rows, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(metric.solve_outputs(rows) @ f, rows, atol=1e-4, rtol=1e-4)
+
+
+def test_squares_are_the_products_with_what_solving_gives() -> None:
+    generator = torch.Generator().manual_seed(1)
+    root, rows = torch.randn(5, 9, generator=generator), torch.randn(3, 5, generator=generator)
+    metric = Metric(torch.linalg.cholesky(root @ root.T), torch.linalg.cholesky(2 * root @ root.T)).scaled(3.0)
+    torch.testing.assert_close(metric.square_inputs(rows), (rows * metric.solve_inputs(rows)).sum(-1))
+    torch.testing.assert_close(metric.square_outputs(rows), (rows * metric.solve_outputs(rows)).sum(-1))
+    closed = replace(metric, inputs=torch.zeros(5, 5))
+    assert closed.square_inputs(rows).tolist() == [0.0] * 3
+
+
+def test_the_gradient_for_sampled_labels_is_that_of_their_log_probability() -> None:
+    logits = torch.randn(4, 50, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found = sampled_gradient(logits.detach(), torch.Generator().manual_seed(3))
+    labels = found.argmax(-1, keepdim=True)
+    (expected,) = torch.autograd.grad(logits.log_softmax(-1).gather(-1, labels).sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_labels_are_sampled_from_the_models_own_distribution() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    found = sampled_gradient(p.log().expand(1, 20_000, 4), torch.Generator().manual_seed(0))
+    torch.testing.assert_close((found + p).mean((0, 1)), p, atol=0.01, rtol=0)
+
+
+def test_gradients_are_taken_of_a_share_of_every_part_of_the_text(loaded: LoadedModel) -> None:
+    site = sites_of(loaded)[0]
+    width = len(loaded.weight(site))
+    rows = torch.zeros(ENOUGH * width * 5 // 2 // 10, 10, dtype=torch.long)
+    stream = list(graded(loaded, [site], [rows, rows[:12]], batch_tokens=50))
+    assert [wanted for ids, wanted in stream[:6]] == [True, False] * 3
+    assert [wanted for ids, wanted in stream[-3:]] == [True, False, True]  # the second part begins anew
+    assert sum(len(ids) for ids, _ in stream) == len(rows) + 12
+    few = [wanted for _, wanted in graded(loaded, [site], [rows[:20]], batch_tokens=50)]
+    assert all(few)  # too little text to leave any out
+    many = [wanted for _, wanted in graded(loaded, [site], [rows.repeat(20, 1)], batch_tokens=50)]
+    assert sum(many) == -(-len(many) // MOST_APART)
+
+
+def test_the_output_metric_is_the_mean_over_the_text_with_gradients(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = sites_of(loaded)[0]
+    every = [pair for pair in graded(loaded, [site], [RETAIN], 100)]
+    monkeypatch.setattr(
+        disturbance, "graded", lambda *_: [(ids, number % 2 == 0) for number, (ids, _) in enumerate(every)]
+    )
+    (found,) = measure_disturbance(loaded, [site], [RETAIN], seed=0)
+    first = torch.cat([ids for ids, _ in every[::2]])
+    monkeypatch.setattr(disturbance, "graded", lambda *_: [(ids, True) for ids in first.split(len(every[0][0]))])
+    (expected,) = measure_disturbance(loaded, [site], [first], seed=0)
+    torch.testing.assert_close(found.outputs, expected.outputs, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found.inputs, expected.inputs)  # the others count there
 
 
 def test_a_restricted_sites_metric_is_that_of_the_principal_submatrices(loaded: LoadedModel) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import memscrub
 import memscrub.models.lean_weights
-from benchmarks.large_checkpoint import make
+from benchmarks.large_checkpoint import Shape, make
 from benchmarks.watched import memory
 from memscrub.edit.block_statistics import measure_by_block
 from memscrub.edit.breakpoints import Demand
@@ -35,6 +35,7 @@ from memscrub.edit.disturbance import Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.joint import EditSettings, JointEdit
 from memscrub.edit.low_rank import SLACK, LowRank
+from memscrub.edit.portions import Reading, every_input
 from memscrub.errors import NumericalError
 from memscrub.locality.distance import compare
 from memscrub.models.architecture import FAMILIES
@@ -102,9 +103,12 @@ def test_logits_and_statistics_are_those_of_float32_bit_for_bit(tmp_path: Path, 
     sites = sites_of(usual, kinds=("mlp", "attention", "query"))
     rows = [ids, ids[:1, :5]]
     expected = measure_disturbance(usual, sites, rows, seed=3, batch_tokens=24)
+    readings = [Reading(1000, every_input(2)), Reading(24, every_input(2)), Reading(24, (range(2),))]
     others = [
-        measure_by_block(spare, sites, rows, tmp_path / "at once", seed=3, batch_tokens=24, at_once=1000),
-        measure_by_block(spare, sites, rows, tmp_path / "portions", seed=3, batch_tokens=24, at_once=24),
+        *(
+            measure_by_block(spare, sites, rows, tmp_path / str(n), seed=3, batch_tokens=24, reading=reading)
+            for n, reading in enumerate(readings)
+        ),
         measure_disturbance(spare, sites, rows, seed=3, batch_tokens=24),
     ]
     for found in others:
@@ -340,7 +344,7 @@ def run(mode: str, *arguments: str) -> dict[str, int]:
 
 
 def test_a_scan_of_lean_weights_takes_the_weights_once(tmp_path: Path) -> None:
-    make(tmp_path / "checkpoint", 80e6, rows=1, shards=2)
+    make(tmp_path / "checkpoint", Shape.of(80e6), rows=1, shards=2)
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").glob("*.safetensors"))
     policy, reports = tmp_path / "checkpoint-policy" / "policy.toml", []
     runs = {}

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import opened, tiny_checkpoint
 
-from memscrub.edit.portions import LEAST, portions, statistics_size, tokens_at_once
+from memscrub.edit.portions import (
+    LEAST,
+    LEAST_AGAIN,
+    Reading,
+    every_input,
+    few_inputs,
+    portions,
+    reading_of,
+    statistics_size,
+)
 from memscrub.models.model import LoadedModel
 from memscrub.models.site_finding import sites_of
 
@@ -29,20 +38,43 @@ TOKEN = 4 * 32
 @pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention", "query"), ("query",)])
 def test_inputs_take_what_the_sums_leave_of_the_edited_weights(loaded: LoadedModel, kinds: tuple[str, ...]) -> None:
     sites = sites_of(loaded, kinds=kinds, layers=[2, 3])
-    each = 3 * TOKEN  # two blocks and a gradient
-    assert tokens_at_once(loaded, sites, 2 * LAYER // each) == 2 * LAYER // each
-    room = tokens_at_once(loaded, sites, 2 * LAYER // each + 1)
+    each, both = 3 * TOKEN, every_input(2)  # two blocks and a gradient
+    assert reading_of(loaded, sites, 2 * LAYER // each) == Reading(2 * LAYER // each, both)
+    room = reading_of(loaded, sites, 2 * LAYER // each + 1)
     size = statistics_size(loaded, sites)
-    assert room == (2 * LAYER - size) // each
-    assert room * each + size <= 2 * LAYER
-    assert tokens_at_once(loaded, sites, 2 * LAYER // each, beside=4000) == (2 * LAYER - size - 4000) // each
+    assert room == Reading((2 * LAYER - size) // each, both)
+    assert room.tokens * each + size <= 2 * LAYER
+    assert reading_of(loaded, sites, 2 * LAYER // each, beside=4000).tokens == (2 * LAYER - size - 4000) // each
 
 
-def test_an_eighth_of_the_weights_is_theirs_however_large_the_sums_are(loaded: LoadedModel) -> None:
-    sites = sites_of(loaded, kinds=("mlp",), layers=[3]) * 6
-    many = [replace(site, rows=tuple(range(32 - n))) for n, site in enumerate(sites)]
-    assert statistics_size(loaded, many) > LAYER
-    assert tokens_at_once(loaded, many, 10**6) == LAYER // LEAST // (2 * TOKEN)
+def test_where_the_sums_leave_less_than_an_eighth_few_inputs_lie_on_disk(loaded: LoadedModel) -> None:
+    sites = sites_of(loaded, kinds=("mlp",))
+    size = statistics_size(loaded, sites)
+    few, each = few_inputs(4), 4 * TOKEN  # three blocks and a gradient
+    for left, expected in (
+        (4 * LAYER // LEAST, Reading(4 * LAYER // LEAST // (5 * TOKEN), every_input(4))),
+        (4 * LAYER // LEAST - 1, Reading((4 * LAYER // LEAST - 1) // each, few)),
+        (4 * LAYER // LEAST_AGAIN, Reading(4 * LAYER // LEAST_AGAIN // each, few)),
+        # A forty-eighth of the weights is theirs however large the sums are.
+        (0, Reading(4 * LAYER // LEAST_AGAIN // each, few)),
+        (-(10**6), Reading(4 * LAYER // LEAST_AGAIN // each, few)),
+    ):
+        assert reading_of(loaded, sites, 10**6, beside=4 * LAYER - size - left) == expected
+
+
+@given(st.integers(1, 130))
+def test_segments_hold_every_block_and_as_few_inputs_as_their_number(blocks: int) -> None:
+    for segments in (every_input(blocks), few_inputs(blocks)):
+        assert [number for segment in segments for number in segment] == list(range(blocks))
+    assert Reading(1, every_input(blocks)).kept == blocks
+    few = Reading(1, few_inputs(blocks)).kept
+    assert few == len(few_inputs(blocks))
+    assert (few - 1) * few // 2 < blocks <= few * (few + 1) // 2
+
+
+def test_segments_grow_downwards() -> None:
+    assert few_inputs(9) == (range(0, 3), range(3, 6), range(6, 8), range(8, 9))
+    assert len(few_inputs(36)) == 8
 
 
 def test_the_size_of_statistics_is_two_triangles_for_each_site(loaded: LoadedModel) -> None:

@@ -12,6 +12,7 @@ from models import opened, ordinary_rows, tiny_checkpoint
 
 from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
 from memscrub.edit.statistics_file import (
+    FORMAT,
     check_place,
     load_metrics,
     metrics_from,
@@ -156,7 +157,9 @@ def test_a_damaged_file_is_one_clear_sentence(damage: object, tmp_path: Path) ->
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "stats.safetensors"
     save_metrics(path, KEY, {"a": metric(1)})
-    path.write_bytes(path.read_bytes().replace(b'"memscrub_statistics":"1"', b'"memscrub_statistics":"0"'))
+    path.write_bytes(
+        path.read_bytes().replace(f'"memscrub_statistics":"{FORMAT}"'.encode(), b'"memscrub_statistics":"0"')
+    )
     with pytest.raises(UsageError, match="format"):
         load_metrics(path, KEY)
 

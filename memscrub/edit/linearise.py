@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -35,13 +35,20 @@ Chooser = Callable[[int, TextState], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
-class Linearisation:
-    """Constraints at the current weights: per site, with their gaps and margins `[n]`, and each one's demand."""
+class Gaps:
+    """Break points at the current weights: each one's demand and token, and `[n]` gaps and margins."""
 
+    points: list[tuple[int, int]]
+    gaps: Tensor = field(repr=False)
+    margins: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """The constraints at break points: their gaps, and per site what those depend on."""
+
+    at: Gaps
     sites: list[Linearised]
-    gaps: Tensor
-    margins: Tensor
-    owners: list[int]
 
 
 def linearise(
@@ -56,34 +63,34 @@ def linearise(
     """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state."""
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
-    gaps, margins = [], []
-    owners: list[int] = []
+    found: list[Gaps] = []
     path = OwnPath() if own_path else nullcontext()
     for batch, trace, logits, states in _passes(editable, sites, demands, batch_tokens, path):
-        chosen = [choose(index, state) for index, state in zip(batch, states, strict=True)]
-        rows = torch.tensor([row for row, points in enumerate(chosen) for _ in points], dtype=torch.long)
-        if not len(rows):
+        at, rows, positions = _chosen(batch, demands, states, logits, choose)
+        if not at.points:
             continue
-        tokens = torch.tensor([token for points in chosen for token in points], dtype=torch.long)
-        pairs = [(index, token) for index, points in zip(batch, chosen, strict=True) for token in points]
-        targets = torch.tensor([demands[index].tokens[token] for index, token in pairs])
-        rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs])
-        gap = _gaps(logits[rows, tokens - 1], targets.to(logits.device), rivals.to(logits.device))
-        places = (rows * trace.writes[0].shape[1] + tokens - 1).to(gap.device)
-        for number, gradient in enumerate(trace.gradients(gap.sum())):
+        places = (rows * trace.writes[0].shape[1] + positions).to(logits.device)
+        for number, gradient in enumerate(trace.gradients(at.gaps.sum())):
             site = sites[number]
             activations[number].append(site.inputs(trace.seen[number].at(places)).float())
-            gradients[number].append(site.outputs(gradient[rows, tokens - 1]).float())
-        gaps.append(gap.detach())
-        margins += [margin for points in chosen for margin in points.values()]
-        owners += [index for index, _ in pairs]
-    device = editable.loaded.device
+            gradients[number].append(site.outputs(gradient[rows, positions]).float())
+        found.append(replace(at, gaps=at.gaps.detach()))
+    pairs = zip(activations, gradients, strict=True)
     return Linearisation(
-        [Linearised(torch.cat(a), torch.cat(g)) for a, g in zip(activations, gradients, strict=True) if a],
-        torch.cat(gaps) if gaps else torch.empty(0, device=device),
-        torch.tensor(margins, device=device),
-        owners,
+        _joined(found, editable.loaded), [Linearised(torch.cat(a), torch.cat(g)) for a, g in pairs if a]
     )
+
+
+def gaps_at(loaded: LoadedModel, demands: Sequence[Demand], choose: Chooser, *, batch_tokens: int) -> Gaps:
+    """The gaps alone at the break points that `choose` names, without gradients."""
+    found = []
+    for batch in batches([len(demand.tokens) for demand in demands], loaded.batch_tokens(batch_tokens)):
+        ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
+        with torch.inference_mode():
+            logits = loaded.logits(ids)
+            states = _states(logits, ids, [demands[index] for index in batch])
+            found.append(_chosen(batch, demands, states, logits, choose)[0])
+    return _joined(found, loaded)
 
 
 def prices(
@@ -113,7 +120,7 @@ def prices(
             came = slice(None) if seen.tokens is None else seen.tokens
             a = site.inputs(seen.values).float()
             g = site.outputs(gradient.flatten(0, 1)[came]).float()
-            kernel[came] += (a * metric.solve_inputs(a)).sum(-1) * (g * metric.solve_outputs(g)).sum(-1)
+            kernel[came] += metric.square_inputs(a) * metric.square_outputs(g)
         kernel = kernel.view(logits.shape[:2])[:, :-1]
         for row, index in enumerate(batch):
             length = len(demands[index].tokens) - 1
@@ -164,6 +171,31 @@ def _states(logits: Tensor, ids: Tensor, demands: Sequence[Demand]) -> list[Text
 def _state(scores: Scores, length: int) -> TextState:
     gap, log_p, rest = ([0.0, *values[: length - 1].tolist()] for values in (scores.gap, scores.log_p, scores.rest))
     return TextState(gap, log_p, rest)
+
+
+def _chosen(
+    batch: Sequence[int], demands: Sequence[Demand], states: Sequence[TextState], logits: Tensor, choose: Chooser
+) -> tuple[Gaps, Tensor, Tensor]:
+    """The break points of a batch, differentiable; the row of each and the position that predicts its token."""
+    chosen = [choose(index, state) for index, state in zip(batch, states, strict=True)]
+    rows = torch.tensor([row for row, points in enumerate(chosen) for _ in points], dtype=torch.long)
+    points = [(index, token) for index, margins in zip(batch, chosen, strict=True) for token in margins]
+    positions = torch.tensor([token - 1 for _, token in points], dtype=torch.long)
+    targets = torch.tensor([demands[index].tokens[token] for index, token in points], dtype=torch.long)
+    rivals = torch.tensor([_rival(demands[index], token) for index, token in points], dtype=torch.long)
+    gaps = _gaps(logits[rows, positions], targets.to(logits.device), rivals.to(logits.device))
+    margins = torch.tensor([margin for each in chosen for margin in each.values()], device=logits.device)
+    return Gaps(points, gaps, margins), rows, positions
+
+
+def _joined(found: Sequence[Gaps], loaded: LoadedModel) -> Gaps:
+    if not found:
+        return Gaps([], torch.empty(0, device=loaded.device), torch.empty(0, device=loaded.device))
+    return Gaps(
+        [point for each in found for point in each.points],
+        torch.cat([each.gaps for each in found]),
+        torch.cat([each.margins for each in found]),
+    )
 
 
 def _rival(demand: Demand, token: int) -> int:

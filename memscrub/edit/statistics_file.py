@@ -28,7 +28,7 @@ from memscrub.storage.files import replacing, strict_json, tree_digest
 from memscrub.storage.writing import disk_errors
 
 # Of this format and of what the numbers mean: to be raised whenever either changes.
-FORMAT = "1"
+FORMAT = "2"
 # As safetensors has it: a longer header is none.
 MAX_HEADER = 100_000_000
 

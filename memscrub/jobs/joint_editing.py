@@ -42,7 +42,7 @@ RESUME = 4
 # The metrics are held against measured prices after this many rounds. What the rounds after these keep of the edit
 # made until then is a few hundredths in the end.
 CALIBRATE_AFTER = 2
-CALIBRATION_ROWS = 8
+CALIBRATION_ROWS = 4
 # Where not all texts fit: shares of them that are tried, those that cost least first.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 

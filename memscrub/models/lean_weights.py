@@ -129,7 +129,8 @@ class LeanWeights:
         room = self._room.get(key)
         if room is None or room.numel() < value.numel() or room.device != value.device:
             self._room.pop(key, None)
-            room = self._room[key] = torch.empty(value.numel(), dtype=self.dtype, device=value.device)
+            with torch.inference_mode(False):  # else it could be used in inference mode only
+                room = self._room[key] = torch.empty(value.numel(), dtype=self.dtype, device=value.device)
         return room[: value.numel()].view(value.shape).copy_(value)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -157,7 +158,8 @@ class _Sliced:
             ]
             return torch.cat(parts, dim=-1)
         if self.room is None or self.room.device != inputs.device:
-            self.room = torch.empty(self.rows, self.module.in_features, dtype=self.dtype, device=inputs.device)
+            with torch.inference_mode(False):
+                self.room = torch.empty(self.rows, self.module.in_features, dtype=self.dtype, device=inputs.device)
         output = inputs.new_empty(*inputs.shape[:-1], self.module.out_features)
         for begin in starts:
             output[..., begin : begin + self.rows] = self._slice(inputs, begin, self.room)
