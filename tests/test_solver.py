@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from memscrub.edit import solver
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.solver import JITTER, Linearised, Solution, complementary, least_disturbing_edit
 from memscrub.errors import ExitCode, NumericalError
@@ -205,3 +206,30 @@ def test_a_constraint_that_no_output_vector_can_move_does_not_spoil_the_others()
     kernel = torch.diag(torch.tensor([4.0, 0.0, 1.0]))
     multipliers = complementary(kernel, torch.tensor([-8.0, 1.0, -1.0]))
     torch.testing.assert_close(multipliers, torch.tensor([2.0, 0.0, 1.0]).double(), rtol=2 * JITTER, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_constraints_that_just_touch_do_not_change_sides_for_ever(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, metrics, _ = problem(seed, 240, ((40, 24), (32, 40)))
+    generator = torch.Generator().manual_seed(seed)
+    kernel = sum(
+        ((s.activations @ m.solve_inputs(s.activations).T) * (s.gradients @ m.solve_outputs(s.gradients).T)).double()
+        for s, m in zip(sites, metrics, strict=True)
+    )
+    assert isinstance(kernel, Tensor)
+    multipliers = torch.rand(240, generator=generator).double() * (torch.rand(240, generator=generator) < 0.5)
+    scale = kernel.diagonal().rsqrt()
+    jitter = JITTER * multipliers / scale**2
+    bounds = -(kernel @ multipliers + jitter)  # all slacks are zero, of those that do not press too
+    solved: list[int] = []
+    real = solver._solve_on
+
+    def counted(*given: Tensor) -> Tensor:
+        solved.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(solver, "_solve_on", counted)
+    found = least_disturbing_edit(sites, metrics, bounds.float())
+    assert len(solved) < 60
+    assert found.active <= 240
+    assert bool((effect(sites, dense(found)) <= bounds.float() + 2e-3 * bounds.abs().max().float()).all())

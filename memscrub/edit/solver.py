@@ -23,6 +23,11 @@ from memscrub.errors import NumericalError
 JITTER = 1e-4
 # Two are usual; kernels with many near-copies of a constraint took up to 429 (n = 46).
 _PIVOTS = 2000
+# Multipliers and slacks that are negative by no more than this share of the largest bound are zero but for rounding: a
+# constraint that just touches would change sides for ever.
+_ROUNDING = 1e-9
+# The kernel is computed in so many blocks of rows, each from its diagonal on.
+_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,7 @@ def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric]
     """
     right = [metric.solve_inputs(site.activations) for site, metric in zip(sites, metrics, strict=True)]
     left = [metric.solve_outputs(site.gradients) for site, metric in zip(sites, metrics, strict=True)]
-    kernel = torch.zeros(len(bounds), len(bounds), dtype=torch.float32, device=bounds.device)
-    for site, writes, reads in zip(sites, left, right, strict=True):
-        kernel += (site.activations @ reads.T) * (site.gradients @ writes.T)
+    kernel = _kernel(sites, left, right, bounds)
     if not bool(torch.isfinite(kernel).all()) or not bool(torch.isfinite(bounds).all()):
         raise NumericalError("the edit's equations are not finite; the edit was rolled back.")
     multipliers = complementary(kernel, bounds)
@@ -73,6 +76,19 @@ def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric]
     )
 
 
+def _kernel(sites: Sequence[Linearised], left: Sequence[Tensor], right: Sequence[Tensor], bounds: Tensor) -> Tensor:
+    """K `[n, n]`, symmetric to the bit: what lies below its diagonal blocks is not computed but mirrored."""
+    count = len(bounds)
+    kernel = torch.zeros(count, count, dtype=torch.float32, device=bounds.device)
+    size = max(1, -(-count // _BLOCKS))
+    for site, writes, reads in zip(sites, left, right, strict=True):
+        for begin in range(0, count, size):
+            rows = slice(begin, begin + size)
+            products = site.activations[rows] @ reads[begin:].T
+            kernel[rows, begin:] += products.mul_(site.gradients[rows] @ writes[begin:].T)
+    return kernel.triu() + kernel.triu(1).T
+
+
 def _condition(kernel: Tensor) -> float:
     if not len(kernel):
         return 1.0
@@ -82,7 +98,7 @@ def _condition(kernel: Tensor) -> float:
 
 
 def complementary(kernel: Tensor, bounds: Tensor, *, jitter: float = JITTER) -> Tensor:
-    """lambda >= 0 with K lambda + b >= 0 and complementary slackness, in float64.
+    """lambda >= 0 with K lambda + b >= 0 and complementary slackness, in float64; K must be symmetric.
 
     Block principal pivoting (Judice & Pires 1994; Kim & Park 2011): whole sets of variables change sides at
     once, single ones when that stops helping, so it ends after few Cholesky factorisations. The kernel is scaled to a
@@ -92,13 +108,14 @@ def complementary(kernel: Tensor, bounds: Tensor, *, jitter: float = JITTER) -> 
     matrix = kernel.double() * scale[:, None] * scale[None, :]
     matrix.diagonal().add_(jitter)
     right = -bounds.double() * scale
+    zero = -_ROUNDING * float(right.abs().amax()) if len(right) else 0.0
     passive = right > 0
     fewest, patience = len(right) + 1, 3
     multipliers = torch.zeros_like(right)
     for _ in range(_PIVOTS):
         multipliers = _solve_on(matrix, right, passive)
         slack = matrix @ multipliers - right
-        wrong = (passive & (multipliers < 0)) | (~passive & (slack < -1e-9))
+        wrong = (passive & (multipliers < zero)) | (~passive & (slack < zero))
         count = int(wrong.sum())
         if count == 0:
             break
