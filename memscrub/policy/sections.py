@@ -241,7 +241,7 @@ class Fix(Section):
         " text `follows` another and an end-of-text token, and with `perturbed` first tokens.",
     )
     margin: float = Field(default=0.3, gt=0, description="Logits by which the other token must win.")
-    rounds: Annotated[int, Field(ge=1, le=100)] = Field(default=12, description="Solve and measure at most this often.")
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(default=20, description="Solve and measure at most this often.")
     layers: Annotated[Literal["all"] | tuple[int, ...], PlainValidator(_layers)] = Field(
         default="all", examples=[[2, 3, 4]], description='`"all"`, or the layer numbers that may be edited.'
     )
