@@ -77,7 +77,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "attention",
         "mlp+attention+queries",
     )
-    assert (fix.margin, fix.rounds, fix.layers) == (0.3, 12, "all")
+    assert (fix.margin, fix.rounds, fix.layers) == (0.3, 20, "all")
     assert (policy.report.key, policy.sign.key) == (None, None)
     assert (policy.classes["a"].top_k, policy.classes["a"].temperature) == (40, 1.0)
 
