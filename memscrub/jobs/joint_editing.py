@@ -36,7 +36,7 @@ from memscrub.models.trace import weights_swapped
 from memscrub.reports.locality_limits import broken_distance
 
 # After a run the texts are gone over again at most this often, where they still come out elsewhere.
-REFINEMENTS = 4
+REFINEMENTS = 8
 # Where further demands join, the rounds go on from this one of the schedule.
 RESUME = 4
 # The metrics are held against measured prices after this many rounds. What the rounds after these keep of the edit
