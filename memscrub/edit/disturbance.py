@@ -23,7 +23,7 @@ from memscrub.models.tokens import batches
 from memscrub.models.trace import traced
 
 RIDGE = 1e-2
-# Tokens with gradients for each dimension of F: with four times as many the edit is 4% better, in twice the time
+# Tokens with gradients for each dimension of F: with four times as many the edit is 3% better, in twice the time
 # (docs/lab-notes.md).
 ENOUGH = 50
 MOST_APART = 4
@@ -90,7 +90,7 @@ def measure_disturbance(
     """Both metrics of every site, from one streaming pass over retain rows (each tensor `[rows, width]`).
 
     C counts every token. F, of fewer dimensions, is taken from a share of the batches that is enough for it
-    (`graded`): gradients take two thirds of the time. Memory is d^2 + f^2 floats per site, whatever the amount of
+    (`graded`): gradients take most of the time. Memory is d^2 + f^2 floats per site, whatever the amount of
     text; the experts of one block share F. An expert that none of the text came to is closed. Raises NumericalError
     when they are not positive definite, which only NaN or infinite activations can cause.
     """
