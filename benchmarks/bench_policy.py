@@ -1,12 +1,13 @@
 """Lay out a policy for `memscrub bench` on a folder of lists; the texts stay where they are.
 
-    python benchmarks/bench_policy.py FOLDER --out bench-policy [--run 8] [--texts N] [--like-controls CLASS]
+    python benchmarks/bench_policy.py FOLDER --out bench-policy [--run 8] [--texts N] [--like-controls CLASS ...]
     memscrub bench CKPT --policy bench-policy/policy.toml --markdown table.md
 
 FOLDER holds protected.jsonl, control.jsonl, retain.txt and, if there are such, neighbours.jsonl and more ordinary
 text as statistics.txt or corpus.jsonl.gz (documents whose `source` begins with "docs/"). Locality limits are wide, so
 that every method gets to show what it does. With --texts only the first N protected texts count, every class in turn.
-Texts of the class named with --like-controls may be no nearer and no likelier than the controls of the class.
+Texts of a class named with --like-controls may be no nearer and no likelier than the controls of the class; with
+--chance they must be less likely than that under sampling, too.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def main() -> None:
     parser.add_argument("--texts", type=int)
     parser.add_argument("--max-tokens", type=int, default=60000, help="of retain text, and of text for statistics")
     parser.add_argument("--like-controls", choices=["copyright", "pii"], action="append", default=[])
+    parser.add_argument("--chance", type=float, help="max_sampling_probability of the classes of --like-controls")
     options = parser.parse_args()
+    limits = "like_controls = true\n" + (f"max_sampling_probability = {options.chance!r}\n" if options.chance else "")
     folder: Path = options.folder.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     lines = (folder / "protected.jsonl").read_text(encoding="utf-8").splitlines()
@@ -64,7 +67,7 @@ def main() -> None:
     policy = POLICY.format(
         run=options.run,
         tokens=options.max_tokens,
-        **{name: "like_controls = true\n" * (name in options.like_controls) for name in ("copyright", "pii")},
+        **{name: limits * (name in options.like_controls) for name in ("copyright", "pii")},
         controls=named(folder / "control.jsonl"),
         retain=named(folder / "retain.txt"),
         statistics='"statistics.txt"' if more else "",

@@ -209,13 +209,3 @@ def test_breaks_that_are_stuck_are_helped_by_others_once_patience_is_over() -> N
     more = extend(demand, state, prices, held, MARGIN, patient=False)
     assert more.keys() > held.keys()
     assert 5 in more  # the secret's other token
-
-
-def test_breaks_that_stand_by_less_than_the_margin_may_be_left_to_the_next_solve() -> None:
-    demand = Demand(tuple(range(7)), first=1, allowed_run=3, spans=((4, 6, None),))
-    held = {3: MARGIN, 4: MARGIN}
-    for lifted, stuck in ((0.9 * MARGIN, False), (1.1 * MARGIN, True)):
-        state = TextState([2.0, 2.0, 2.0, lifted, lifted, 2.0, 2.0], [0.0] * 7, [0.0] * 7)
-        prices = Prices(state.gap, [1.0] * 7)
-        assert (extend(demand, state, prices, held, MARGIN, patient=False, lenient=True) != held) == stuck
-        assert extend(demand, state, prices, held, MARGIN, patient=False) != held

@@ -25,9 +25,12 @@ from memscrub.jobs.scanning import Inputs
 from memscrub.measures.measure import Progress, silent
 from memscrub.models.site_finding import sites_of
 from memscrub.policy.document import Policy
+from memscrub.reports.control_limits import NEVER
 
 MODES = ("next-best", "eos", "redact", "suppress", "ensemble")
 SITES = ("mlp", "mlp+attention", "mlp+attention+queries")
+# The joint solver on the terms of the fine-tuning recipes that give up the starts of texts.
+SELDOM = "joint eos, seldom sampled (no starts)"
 # The per-text solver goes over the texts that interfere with one another this often.
 PASSES = 6
 
@@ -50,7 +53,7 @@ def methods(inputs: Inputs) -> tuple[Method, ...]:
             found.append(_joint(f"joint next-best, {sites}", {"mode": "next-best", "solver": "joint", "sites": sites}))
     if inputs.controls and {text.class_name for text in inputs.texts} <= {c.class_name for c in inputs.controls}:
         found.append(Method("joint like controls", like_controls))
-    return (*found, Method("per-text next-best, at once", at_once))
+    return (*found, Method(SELDOM, seldom), Method("per-text next-best, at once", at_once))
 
 
 def unedited(rule: Ruler, progress: Progress = silent) -> Row:
@@ -148,6 +151,18 @@ def like_controls(rule: Ruler, progress: Progress = silent) -> Row:
     return _solved(rule, "joint like controls", policy.model_copy(update={"classes": classes}), progress)
 
 
+def seldom(rule: Ruler, progress: Progress = silent) -> Row:
+    """Every window of a run limit's length as good as never sampled, and nothing that keeps the starts of texts.
+
+    Texts end where they begin, and so do others: no edit to release, but what fine-tuning does without the starts.
+    """
+    policy = rule.policy
+    update = {"max_sampling_probability": NEVER, "max_near_verbatim": None, "secret": False}
+    classes = {name: limits.model_copy(update=update) for name, limits in policy.classes.items()}
+    fix = policy.fix.model_copy(update={"mode": "eos", "solver": "joint"})
+    return _solved(rule, SELDOM, policy.model_copy(update={"classes": classes, "fix": fix}), progress, starts=False)
+
+
 def _joint(name: str, update: dict[str, Any]) -> Method:
     def make(rule: Ruler, progress: Progress) -> Row:
         policy = rule.inputs.policy
@@ -157,11 +172,11 @@ def _joint(name: str, update: dict[str, Any]) -> Method:
     return Method(name, make)
 
 
-def _solved(rule: Ruler, name: str, policy: Policy, progress: Progress) -> Row:
+def _solved(rule: Ruler, name: str, policy: Policy, progress: Progress, *, starts: bool = True) -> Row:
     """A row of the joint solver under another policy than the bench's own."""
 
     def edit() -> str | None:
-        done = make_edit(replace(rule.inputs, policy=policy), rule.halves, progress=progress)
+        done = make_edit(replace(rule.inputs, policy=policy), rule.halves, progress=progress, starts=starts)
         return _remark(len(done.made.outcome.unmet), done.made.no_room)
 
     return edited(rule, name, edit)

@@ -97,19 +97,16 @@ def extend(
     margin: float,
     *,
     patient: bool = True,
-    lenient: bool = False,
     threshold: float = 0.0,
 ) -> dict[int, float]:
     """The break points `{token: margin}` for the next solve: those held, and what the limits still ask for.
 
     While `patient`, held points count as broken even where the edit has not got there yet: a damped solve is on
-    its way. After that, points that still stand are stuck, and others are chosen to do their work. If `lenient`, not
-    so for those that stand by no more than `margin`: other texts' edits have lifted them, and the next solve may do.
+    its way. After that, points that still stand are stuck, and others are chosen to do their work.
     A gap above -threshold counts as emitted, as in `violations`.
     """
     margins = dict(held)
-    coming = {token for token in held if patient or (lenient and state.gap[token] <= margin)}
-    standing = [value > -threshold and token not in coming for token, value in enumerate(state.gap)]
+    standing = [value > -threshold and not (patient and token in held) for token, value in enumerate(state.gap)]
     if demand.allowed_run is not None:
         for begin, end in _long_runs(demand, standing, demand.allowed_run):
             costs = [math.inf if token in held else prices.cost(token, margin) for token in range(begin, end)]

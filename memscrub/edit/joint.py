@@ -17,8 +17,7 @@ import torch
 from memscrub.edit.breakpoints import Demand, Prices, TextState, extend, violations
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import Delta, EditableModel
-from memscrub.edit.kept_gradients import KeptGradients
-from memscrub.edit.linearise import Gaps, gaps_at, linearise, prices
+from memscrub.edit.linearise import Linearisation, linearise, prices
 from memscrub.edit.solver import Linearised, Solution, least_disturbing_edit
 from memscrub.errors import NumericalError
 from memscrub.measures.extraction import NOISE
@@ -26,13 +25,9 @@ from memscrub.models.sites import Site
 
 # (share of the edit kept, share of the step taken) per round; see `step_of`.
 KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.8, 1.0), (0.9, 1.0), (0.95, 1.0))
-# Where no more than this share of the demands is unmet, a round of the schedule is left out.
-EASY = 0.2
-# Where no more than this share is unmet, rounds use the gradients of those before, but for the demands that are unmet.
-EASIER = 0.01
 # The gradient of the sum of all gaps also counts what an edit at one token does to later gaps; that makes early,
 # large steps cheaper. Late, small steps need each gap's own gradient, or a gap at an early token never closes.
-OWN_PATH_FROM = 4
+OWN_PATH_FROM = 5
 
 
 @dataclass(frozen=True)
@@ -82,8 +77,6 @@ class JointEdit:
     held: list[dict[int, float]] = field(default_factory=list)
     steps: int = 0  # taken so far, over all runs: a later run goes on with small steps
     last: Solution | None = None
-    kept: KeptGradients = field(default_factory=KeptGradients, repr=False)
-    unmet: tuple[int, ...] = ()  # when the demands were looked at last
 
     def demand(self, demands: Sequence[Demand], held: Sequence[Mapping[int, float]] | None = None) -> None:
         """Add demands, with the break points they hold from the start; priced at the weights as they are now."""
@@ -91,20 +84,17 @@ class JointEdit:
         self.prices += prices(self.editable, self.metrics, demands, margin=margin, batch_tokens=batch_tokens)
         self.demands += demands
         self.held += [dict(points) for points in held] if held is not None else [{} for _ in demands]
-        self.kept = KeptGradients()
 
     def replace(self, index: int, demand: Demand) -> None:
         """Put another demand in the place of this one; its break points are chosen anew."""
         margin, batch_tokens = self.settings.margin, self.settings.batch_tokens
         (self.prices[index],) = prices(self.editable, self.metrics, [demand], margin=margin, batch_tokens=batch_tokens)
         self.demands[index], self.held[index] = demand, {}
-        self.kept = KeptGradients()
 
     def add_sites(self, sites: Sequence[Site], metrics: Sequence[Metric], stored: Mapping[str, torch.dtype]) -> None:
         """Let the next `run` edit these sites too."""
         self.editable.add(sites, stored)
         self.metrics += metrics
-        self.kept = KeptGradients()
 
     def linearised(self, sites: Sequence[Site]) -> tuple[list[Linearised], list[int]]:
         """The constraints at the current weights, seen at these sites, and the demand each belongs to."""
@@ -116,7 +106,7 @@ class JointEdit:
             own_path=True,
             batch_tokens=self.settings.batch_tokens,
         )
-        return found.sites, [index for index, _ in found.at.points]
+        return found.sites, found.owners
 
     def cost(self) -> float:
         """The predicted disturbance 1/2 sum_l tr(F D C D^T) of the whole edit."""
@@ -129,10 +119,10 @@ class JointEdit:
         """
         with self.editable.restored_on_error():
             for _ in range(rounds):
-                at = self._look()
+                found, _unmet = self._look()
                 if not any(self.held):
                     return
-                self._step(at, *step_of(self.steps))
+                self._step(found, *step_of(self.steps))
                 self.steps += 1
 
     def run(self, progress: Callable[[int, int], None] = lambda done, unmet: None) -> EditOutcome:
@@ -150,18 +140,18 @@ class JointEdit:
         diverged = False
         for number in range(self.settings.rounds + 1):
             try:
-                at = self._look()
-                best = self._better(best, self.unmet, number)
-                progress(number, len(self.unmet))
+                found, unmet = self._look()
+                best = self._better(best, unmet, number)
+                progress(number, len(unmet))
                 if number == self.settings.rounds or not any(self.held) or self._settled(best):
                     break
-                self._step(at, *step_of(self.steps))
+                self._step(found, *step_of(self.steps))
             except NumericalError:
                 if best is None:
                     raise
                 diverged = True
                 break
-            self.steps += 2 if self._unmet_within(EASY) and self.steps < len(KEPT) else 1
+            self.steps += 1
         assert best is not None
         self.editable.apply(best.deltas)
         return replace(best.outcome, diverged=diverged)
@@ -176,23 +166,15 @@ class JointEdit:
         points = sum(map(len, self.held))
         return _Best(key, EditOutcome(unmet, points, active, key[1], number, condition), self.editable.snapshot())
 
-    def _unmet_within(self, share: float) -> bool:
-        return len(self.unmet) <= share * len(self.demands)
-
     def _settled(self, best: _Best) -> bool:
         """All demands hold, and the rounds that shrink the edit are over."""
         return not best.outcome.unmet and self.steps >= len(KEPT)
 
-    def _look(self) -> Gaps:
-        """One pass over the texts: extend their break points, look at the gaps there, and note which demands are unmet.
-
-        Gradients are taken in the same pass, or of some texts only, when the next step asks for them.
-        """
+    def _look(self) -> tuple[Linearisation, tuple[int, ...]]:
+        """One pass over the texts: extend their break points, linearise there, and say which demands are unmet."""
         unmet = []
         noise = NOISE[self.editable.loaded.dtype]
         patient = self.steps < len(KEPT) - 1
-        # By turns: a point that stands by a hair for two rounds is stuck as well.
-        lenient = (self.steps - len(KEPT)) % 2 == 0
 
         def choose(index: int, state: TextState) -> Mapping[int, float]:
             demand = self.demands[index]
@@ -205,32 +187,28 @@ class JointEdit:
                 self.held[index],
                 self.settings.margin,
                 patient=patient,
-                lenient=lenient,
                 threshold=noise,
             )
             return self.held[index]
 
-        batch_tokens = self.settings.batch_tokens
-        if self.kept.serve and self._unmet_within(EASIER):
-            at = gaps_at(self.editable.loaded, self.demands, choose, batch_tokens=batch_tokens)
-        else:
-            own = self.steps >= OWN_PATH_FROM
-            sites = self.editable.sites
-            found = linearise(self.editable, sites, self.demands, choose, own_path=own, batch_tokens=batch_tokens)
-            self.kept, at = KeptGradients(found, own), found.at
-        self.unmet = tuple(sorted(unmet))
-        return at
+        found = linearise(
+            self.editable,
+            self.editable.sites,
+            self.demands,
+            choose,
+            own_path=self.steps >= OWN_PATH_FROM,
+            batch_tokens=self.settings.batch_tokens,
+        )
+        return found, tuple(sorted(unmet))
 
-    def _step(self, at: Gaps, kept: float, share: float) -> None:
+    def _step(self, found: Linearisation, kept: float, share: float) -> None:
         """Solve for the edit but `kept` of it, at the current linearisation, and go a `share` of the way there."""
-        batch_tokens = self.settings.batch_tokens
-        sites = self.kept.constraints(self.editable, self.demands, at, self.unmet, batch_tokens=batch_tokens)
         editable = self.editable
-        bounds = -(at.gaps + at.margins)
-        for site, linear in zip(editable.sites, sites, strict=True):
+        bounds = -(found.gaps + found.margins)
+        for site, linear in zip(editable.sites, found.sites, strict=True):
             change = site.part(editable.change(site))
             bounds = bounds + (1 - kept) * ((linear.gradients @ change) * linear.activations).sum(-1)
-        self.last = least_disturbing_edit(sites, self.metrics, bounds)
+        self.last = least_disturbing_edit(found.sites, self.metrics, bounds)
         pairs = zip(self.last.left, self.last.right, strict=True)
         editable.apply(
             [editable.stepped(n, left, right, kept=kept, share=share) for n, (left, right) in enumerate(pairs)]

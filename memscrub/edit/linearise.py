@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -35,20 +35,13 @@ Chooser = Callable[[int, TextState], Mapping[int, float]]
 
 
 @dataclass(frozen=True)
-class Gaps:
-    """Break points at the current weights: each one's demand and token, and `[n]` gaps and margins."""
-
-    points: list[tuple[int, int]]
-    gaps: Tensor = field(repr=False)
-    margins: Tensor = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Linearisation:
-    """The constraints at break points: their gaps, and per site what those depend on."""
+    """Constraints at the current weights: per site, with their gaps and margins `[n]`, and each one's demand."""
 
-    at: Gaps
     sites: list[Linearised]
+    gaps: Tensor
+    margins: Tensor
+    owners: list[int]
 
 
 def linearise(
@@ -63,34 +56,39 @@ def linearise(
     """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state."""
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
-    found: list[Gaps] = []
+    gaps, margins = [], []
+    owners: list[int] = []
     path = OwnPath() if own_path else nullcontext()
-    for batch, trace, logits, states in _passes(editable, sites, demands, batch_tokens, path):
-        at, rows, positions = _chosen(batch, demands, states, logits, choose)
-        if not at.points:
+    loaded = editable.loaded
+    for batch, ids, trace, features in _passes(editable, sites, demands, batch_tokens, path):
+        with torch.no_grad():
+            states = _states(loaded.unembed(features), ids, [demands[index] for index in batch])
+        chosen = [choose(index, state) for index, state in zip(batch, states, strict=True)]
+        rows = torch.tensor([row for row, points in enumerate(chosen) for _ in points], dtype=torch.long)
+        if not len(rows):
             continue
-        places = (rows * trace.writes[0].shape[1] + positions).to(logits.device)
-        for number, gradient in enumerate(trace.gradients(at.gaps.sum())):
+        tokens = torch.tensor([token for points in chosen for token in points], dtype=torch.long)
+        pairs = [(index, token) for index, points in zip(batch, chosen, strict=True) for token in points]
+        targets = torch.tensor([demands[index].tokens[token] for index, token in pairs])
+        rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs])
+        # Break points are a tenth of all tokens: only their logits are differentiated.
+        logits = loaded.unembed(features[rows, tokens - 1])
+        gap = _gaps(logits, targets.to(logits.device), rivals.to(logits.device))
+        places = (rows * trace.writes[0].shape[1] + tokens - 1).to(gap.device)
+        for number, gradient in enumerate(trace.gradients(gap.sum())):
             site = sites[number]
             activations[number].append(site.inputs(trace.seen[number].at(places)).float())
-            gradients[number].append(site.outputs(gradient[rows, positions]).float())
-        found.append(replace(at, gaps=at.gaps.detach()))
-    pairs = zip(activations, gradients, strict=True)
+            gradients[number].append(site.outputs(gradient[rows, tokens - 1]).float())
+        gaps.append(gap.detach())
+        margins += [margin for points in chosen for margin in points.values()]
+        owners += [index for index, _ in pairs]
+    device = loaded.device
     return Linearisation(
-        _joined(found, editable.loaded), [Linearised(torch.cat(a), torch.cat(g)) for a, g in pairs if a]
+        [Linearised(torch.cat(a), torch.cat(g)) for a, g in zip(activations, gradients, strict=True) if a],
+        torch.cat(gaps) if gaps else torch.empty(0, device=device),
+        torch.tensor(margins, device=device),
+        owners,
     )
-
-
-def gaps_at(loaded: LoadedModel, demands: Sequence[Demand], choose: Chooser, *, batch_tokens: int) -> Gaps:
-    """The gaps alone at the break points that `choose` names, without gradients."""
-    found = []
-    for batch in batches([len(demand.tokens) for demand in demands], loaded.batch_tokens(batch_tokens)):
-        ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
-        with torch.inference_mode():
-            logits = loaded.logits(ids)
-            states = _states(logits, ids, [demands[index] for index in batch])
-            found.append(_chosen(batch, demands, states, logits, choose)[0])
-    return _joined(found, loaded)
 
 
 def prices(
@@ -107,8 +105,8 @@ def prices(
     the chosen points cost several times more disturbance (docs/lab-notes.md).
     """
     found: dict[int, Prices] = {}
-    for batch, trace, logits, _ in _passes(editable, editable.sites, demands, batch_tokens, OwnPath()):
-        ids = pad([demands[index].tokens for index in batch])
+    for batch, ids, trace, features in _passes(editable, editable.sites, demands, batch_tokens, OwnPath()):
+        logits = editable.loaded.unembed(features)
         rivals = torch.full_like(ids[:, 1:], _NEXT_BEST)
         for row, index in enumerate(batch):
             for token in range(1, len(demands[index].tokens)):
@@ -149,15 +147,14 @@ def _passes(
     demands: Sequence[Demand],
     batch_tokens: int,
     path: AbstractContextManager[object],
-) -> Iterator[tuple[list[int], Trace, Tensor, list[TextState]]]:
-    """Forward passes over the demands' sequences, traced: batch of indices, trace, logits and the texts' states."""
+) -> Iterator[tuple[list[int], Tensor, Trace, Tensor]]:
+    """Forward passes over the demands' sequences, traced: batch of indices, ids, trace and features of every token."""
     loaded = editable.loaded
     budget = loaded.batch_tokens(batch_tokens, gradients=True)
     for batch in batches([len(demand.tokens) for demand in demands], budget):
         ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
         with path, traced(loaded, sites) as trace:
-            logits = loaded.logits(ids)
-            yield batch, trace, logits, _states(logits.detach(), ids, [demands[index] for index in batch])
+            yield batch, ids, trace, loaded.features(ids)[0]
 
 
 def _states(logits: Tensor, ids: Tensor, demands: Sequence[Demand]) -> list[TextState]:
@@ -171,31 +168,6 @@ def _states(logits: Tensor, ids: Tensor, demands: Sequence[Demand]) -> list[Text
 def _state(scores: Scores, length: int) -> TextState:
     gap, log_p, rest = ([0.0, *values[: length - 1].tolist()] for values in (scores.gap, scores.log_p, scores.rest))
     return TextState(gap, log_p, rest)
-
-
-def _chosen(
-    batch: Sequence[int], demands: Sequence[Demand], states: Sequence[TextState], logits: Tensor, choose: Chooser
-) -> tuple[Gaps, Tensor, Tensor]:
-    """The break points of a batch, differentiable; the row of each and the position that predicts its token."""
-    chosen = [choose(index, state) for index, state in zip(batch, states, strict=True)]
-    rows = torch.tensor([row for row, points in enumerate(chosen) for _ in points], dtype=torch.long)
-    points = [(index, token) for index, margins in zip(batch, chosen, strict=True) for token in margins]
-    positions = torch.tensor([token - 1 for _, token in points], dtype=torch.long)
-    targets = torch.tensor([demands[index].tokens[token] for index, token in points], dtype=torch.long)
-    rivals = torch.tensor([_rival(demands[index], token) for index, token in points], dtype=torch.long)
-    gaps = _gaps(logits[rows, positions], targets.to(logits.device), rivals.to(logits.device))
-    margins = torch.tensor([margin for each in chosen for margin in each.values()], device=logits.device)
-    return Gaps(points, gaps, margins), rows, positions
-
-
-def _joined(found: Sequence[Gaps], loaded: LoadedModel) -> Gaps:
-    if not found:
-        return Gaps([], torch.empty(0, device=loaded.device), torch.empty(0, device=loaded.device))
-    return Gaps(
-        [point for each in found for point in each.points],
-        torch.cat([each.gaps for each in found]),
-        torch.cat([each.margins for each in found]),
-    )
 
 
 def _rival(demand: Demand, token: int) -> int:

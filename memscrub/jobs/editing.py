@@ -91,14 +91,16 @@ def make_edit(
     progress: Progress = silent,
     statistics: Path | None = None,
     scratch: Path | None = None,
+    starts: bool = True,
 ) -> Edit:
     """Edit the loaded model until the policy holds on all texts, or nothing more can be tried.
 
     `statistics` names a file that keeps the retain statistics for the next run on the same inputs. `scratch` is an
-    existing folder for what a large model leaves no memory for; it is empty again afterwards.
+    existing folder for what a large model leaves no memory for; it is empty again afterwards. Without `starts` the
+    beginnings of texts are given up: for a bench, beside baselines that give them up too.
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix="memscrub-") as folder:
-        return _make_edit(inputs, halves, progress, statistics, Path(folder))
+        return _make_edit(inputs, halves, progress, statistics, Path(folder), starts)
 
 
 def _as_stored(live: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,12 +108,14 @@ def _as_stored(live: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _make_edit(
-    inputs: Inputs, halves: RetainHalves, progress: Progress, statistics: Path | None, scratch: Path
+    inputs: Inputs, halves: RetainHalves, progress: Progress, statistics: Path | None, scratch: Path, starts: bool
 ) -> Edit:
     closed: set[str] = set()
+    rows = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
+    rows = rows if starts else rows[:1]
 
     def metrics(sites: Sequence[Site]) -> list[Metric]:
-        found = _metrics(inputs, sites, halves, progress, statistics, scratch)
+        found = _metrics(inputs, sites, rows, progress, statistics, scratch)
         closed.update(site.name for site, metric in zip(sites, found, strict=True) if metric.closed)
         return found
 
@@ -178,12 +182,11 @@ def stored_dtypes(inputs: Inputs, sites: Sequence[Site]) -> dict[str, torch.dtyp
 def _metrics(
     inputs: Inputs,
     sites: Sequence[Site],
-    halves: RetainHalves,
+    rows: Sequence[Tensor],
     progress: Progress,
     file: Path | None,
     scratch: Path,
 ) -> list[Metric]:
-    rows = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
     total = sum(map(len, rows))
 
     def told(done: int) -> None:
