@@ -6,17 +6,21 @@ import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import changed, in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
 
-from memscrub.edit.breakpoints import violations
+from memscrub.edit.breakpoints import Demand, TextState, violations
 from memscrub.edit.contexts import Context, in_context
-from memscrub.edit.demands import demand_of
+from memscrub.edit.demands import AGREEING, continuation_demand, demand_of
 from memscrub.edit.linearise import states_of
+from memscrub.edit.modes import Mode
 from memscrub.errors import UsageError
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.jobs.scanning import Inputs, open_inputs
 from memscrub.measures.ceilings import with_ceilings
+from memscrub.measures.continuation import Continuation, Opening
 from memscrub.measures.measure import measure
 
 ALLOWED = 5
@@ -158,6 +162,27 @@ def test_like_controls_makes_no_window_likelier_than_the_controls_are(folder: Pa
     assert max(m.window_log_probability or 0.0 for m in after) <= math.log(limit)
     assert all((b.near_verbatim or 0.0) > (a.near_verbatim or 0.0) for b, a in zip(before, after, strict=True))
     edit.editable.restore()
+
+
+TRUTH = tuple(range(40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([1, 1, 1, 0]), min_size=len(TRUTH), max_size=len(TRUTH)), st.integers(1, 12))
+def test_a_continuation_that_is_too_close_always_has_something_to_break(agreeing: list[int], every: int) -> None:
+    said = tuple(t if own and t % every else 100 + t for t, own in zip(TRUTH, agreeing, strict=True))
+    opening = Opening(0, 0, (50, 51), TRUTH)
+    own = Demand((50, 51, *TRUTH), first=1, allowed_run=8, mode=Mode.EOS, rival=60)
+    found = continuation_demand(Continuation(opening, said, 0.5), own)
+    assert (found.mode, found.rival, found.tokens) == (Mode.EOS, 60, (50, 51, *said))
+    same = sum(a == b for a, b in zip(said, TRUTH, strict=True))
+    emitted = TextState([1.0] * 42, [0.0] * 42, [0.0] * 42)  # the model said all of it
+    if not same:
+        assert found.judged == ()
+        return
+    assert violations(found, emitted) > 0
+    assert found.allowed_run is not None and found.allowed_run <= AGREEING
+    assert all(2 <= begin < end <= 42 for begin, end in found.judged or ())
 
 
 def test_neighbours_are_read_whole_and_known_by_token(folder: Path) -> None:

@@ -13,7 +13,8 @@ from memscrub.measures.extraction import Sampling
 from memscrub.models.tokens import TokenText
 from memscrub.policy.sections import ClassLimits, Probe
 
-# In a continuation that is too close to the true text, this many agreeing tokens running are left alone.
+# In a continuation that is too close to the true text, this many agreeing tokens running are left alone (if there
+# are more).
 AGREEING = 3
 
 
@@ -37,10 +38,12 @@ def demand_of(
     )
 
 
-def continuation_demand(said: Continuation) -> Demand:
+def continuation_demand(said: Continuation, own: Demand) -> Demand:
     """Break the agreement of a continuation with the true text, in the context the model made for itself.
 
-    The sequence is the opening followed by what the model said; judged are the stretches that agree.
+    The sequence is the opening followed by what the model said; judged are the stretches that agree. Where none is
+    longer than `AGREEING`, the longest must get shorter. What takes the place of broken tokens is what does in the
+    text's `own` demand.
     """
     begin = len(said.opening.given)
     blocks = Levenshtein.opcodes(list(said.opening.truth), list(said.tokens))
@@ -49,4 +52,11 @@ def continuation_demand(said: Continuation) -> Demand:
         for op in blocks
         if op.tag == "equal" and op.dest_end > op.dest_start
     )
-    return Demand(tokens=said.opening.given + said.tokens, first=begin, allowed_run=AGREEING, judged=stretches)
+    return Demand(
+        tokens=said.opening.given + said.tokens,
+        first=begin,
+        allowed_run=min(AGREEING, max((end - start for start, end in stretches), default=1) - 1),
+        judged=stretches,
+        mode=own.mode,
+        rival=own.rival,
+    )

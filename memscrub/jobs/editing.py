@@ -111,8 +111,8 @@ def _make_edit(
     inputs: Inputs, halves: RetainHalves, progress: Progress, statistics: Path | None, scratch: Path, starts: bool
 ) -> Edit:
     closed: set[str] = set()
-    rows = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
-    rows = rows if starts else rows[:1]
+    both = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
+    rows = both if starts else both[:1]
 
     def metrics(sites: Sequence[Site]) -> list[Metric]:
         found = _metrics(inputs, sites, rows, progress, statistics, scratch)

@@ -145,7 +145,7 @@ class JointStages:
         return outcome
 
     def _further(self, edit: JointEdit) -> Further:
-        return near_verbatim(self.inputs) + other_contexts(self.inputs, edit, self.ordinary)
+        return near_verbatim(self.inputs, edit) + other_contexts(self.inputs, edit, self.ordinary)
 
     def _run(self, edit: JointEdit) -> EditOutcome:
         limit, last = edit.settings.rounds, 0

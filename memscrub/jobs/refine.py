@@ -35,17 +35,21 @@ class Further:
         return Further(self.demands + other.demands, self.held + other.held)
 
 
-def near_verbatim(inputs: Inputs) -> Further:
-    """Demands in the model's own continuations that are nearer to their text than its class allows."""
+def near_verbatim(inputs: Inputs, edit: JointEdit) -> Further:
+    """Demands in the model's own continuations that are nearer to their text than its class allows.
+
+    The first demands of the edit are the texts' own, in order; a continuation breaks as its text does.
+    """
     policy = with_ceilings(inputs.loaded, inputs.policy, inputs.controls)
     if all(limits.max_near_verbatim is None for limits in policy.classes.values()):
         return Further()
     said = measure(inputs.loaded, policy, inputs.texts).continuations
-    demands = tuple(
-        continuation_demand(each)
+    found = [
+        continuation_demand(each, edit.demands[each.opening.text])
         for each in said
         if _too_close(policy.classes[inputs.texts[each.opening.text].class_name], each)
-    )
+    ]
+    demands = tuple(demand for demand in found if demand.judged)  # letters alone may agree, and no token
     return Further(demands, tuple({} for _ in demands))
 
 
