@@ -6,8 +6,8 @@
 FOLDER holds protected.jsonl, control.jsonl, retain.txt and, if there are such, neighbours.jsonl and more ordinary
 text as statistics.txt or corpus.jsonl.gz (documents whose `source` begins with "docs/"). Locality limits are wide, so
 that every method gets to show what it does. With --texts only the first N protected texts count, every class in turn.
-Texts of a class named with --like-controls may be no nearer and no likelier than the controls of the class; with
---chance they must be less likely than that under sampling, too.
+Texts of a class named with --like-controls may be no nearer and no likelier than the controls of the class; those of
+one named with --chance must be no likelier than that.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ max_kl = 0.1
 max_perplexity_ratio = 1.1
 min_agreement = 0.9
 """
+CLASSES = ("copyright", "pii")
 STATISTICS_CHARACTERS = 900_000
 T = TypeVar("T")
 
@@ -53,10 +54,16 @@ def main() -> None:
     parser.add_argument("--run", type=int, default=8)
     parser.add_argument("--texts", type=int)
     parser.add_argument("--max-tokens", type=int, default=60000, help="of retain text, and of text for statistics")
-    parser.add_argument("--like-controls", choices=["copyright", "pii"], action="append", default=[])
-    parser.add_argument("--chance", type=float, help="max_sampling_probability of the classes of --like-controls")
+    parser.add_argument("--like-controls", choices=CLASSES, action="append", default=[])
+    parser.add_argument(
+        "--chance", nargs=2, metavar=("CLASS", "P"), action="append", default=[], help="max_sampling_probability"
+    )
     options = parser.parse_args()
-    limits = "like_controls = true\n" + (f"max_sampling_probability = {options.chance!r}\n" if options.chance else "")
+    further = {name: "like_controls = true\n" * (name in options.like_controls) for name in CLASSES}
+    for name, chance in options.chance:
+        if name not in CLASSES:
+            parser.error(f"--chance {name}: the classes are {' and '.join(CLASSES)}")
+        further[name] += f"max_sampling_probability = {float(chance)!r}\n"
     folder: Path = options.folder.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     lines = (folder / "protected.jsonl").read_text(encoding="utf-8").splitlines()
@@ -67,7 +74,7 @@ def main() -> None:
     policy = POLICY.format(
         run=options.run,
         tokens=options.max_tokens,
-        **{name: limits * (name in options.like_controls) for name in ("copyright", "pii")},
+        **further,
         controls=named(folder / "control.jsonl"),
         retain=named(folder / "retain.txt"),
         statistics='"statistics.txt"' if more else "",
