@@ -151,6 +151,7 @@ def _passes(
     """Forward passes over the demands' sequences, traced: batch of indices, ids, trace and features of every token."""
     loaded = editable.loaded
     budget = loaded.batch_tokens(batch_tokens, gradients=True)
+    _ = loaded.projects  # `features` asks for it, and finds it out by a pass that is not to be traced
     for batch in batches([len(demand.tokens) for demand in demands], budget):
         ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
         with path, traced(loaded, sites) as trace:

@@ -63,7 +63,6 @@ def traced(
     """
     trace = Trace([Seen(torch.empty(0))] * len(sites), [torch.empty(0)] * len(sites))
     current = list(shape)  # batch and length of the pass under way
-    _ = loaded.projects  # `features` asks for it, and finds it out by a pass that is not to be traced
 
     def remember(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         current[:] = inputs[0].shape
