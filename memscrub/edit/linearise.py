@@ -107,7 +107,7 @@ def prices(
     found: dict[int, Prices] = {}
     for batch, ids, trace, features in _passes(editable, editable.sites, demands, batch_tokens, OwnPath()):
         logits = editable.loaded.unembed(features)
-        rivals = torch.full_like(ids[:, 1:], _NEXT_BEST)
+        rivals = torch.full_like(ids[:, 1:], _NEXT_BEST, device="cpu")  # filled one by one
         for row, index in enumerate(batch):
             for token in range(1, len(demands[index].tokens)):
                 rivals[row, token - 1] = _rival(demands[index], token)
