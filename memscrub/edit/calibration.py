@@ -1,8 +1,8 @@
-"""What a site's part of an edit really costs, measured on ordinary text, over what its metric predicted.
+"""What each site's part of an edit adds to the disturbance measured on ordinary text, over what its metric predicted.
 
-K-FAC takes activations and gradients as independent and the text it was estimated on for all text. Where that is
-wrong it is wrong by a factor per site: MLP sites came out four times dearer than predicted and query sites cheaper
-(docs/lab-notes.md). Prices scaled by the measured factors move the edit to where it is cheap in truth.
+K-FAC takes activations and gradients as independent, and sites as independent of each other. Neither is so: where
+text reads like a protected one, all sites push the same way, and the whole disturbs several times more than its parts
+would alone (docs/lab-notes.md). Prices scaled by the measured factors move the edit to where it is cheap in truth.
 """
 
 from __future__ import annotations
@@ -14,45 +14,47 @@ from torch import Tensor
 
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
-from memscrub.models.kept_outputs import beginning_at, outputs_kept
-from memscrub.models.originals import all_but
 from memscrub.models.tokens import batches
-from memscrub.models.trace import by_module, weights_swapped
+from memscrub.models.trace import by_module, traced, weights_swapped
 
 # A factor further from one than this says that the edit is beyond second order, not that the price is wrong.
-LEAST, MOST = 0.2, 10.0
+LEAST, MOST = 0.1, 20.0
 
 
 def price_factors(
     editable: EditableModel, metrics: Sequence[Metric], rows: Tensor, *, batch_tokens: int = 2048
 ) -> list[float]:
-    """Measured KL over predicted KL for each site's part of the live edit alone, within `LEAST` and `MOST`.
+    """Measured over predicted disturbance of each site's part of the live edit, within `LEAST` and `MOST`.
 
-    `rows` `[rows, width]` is ordinary text. One for a site that the edit leaves alone. The experts of one block are
-    measured together: each alone sees too little text, and a pass for each would take long.
+    `rows` `[rows, width]` is ordinary text. Measured is the site's share of the KL, 1/2 <dKL/dW_l, D_l>: to second
+    order the shares of all sites add up to the KL, what sites do together included. One for a site that the edit
+    leaves alone. The experts of one block are measured together: each alone sees too little text.
     """
-    loaded = editable.loaded
-    modules = by_module(editable.sites)
-    measured = dict.fromkeys(modules, 0.0)
-    budget = loaded.batch_tokens(batch_tokens, gradients=True)
-    with torch.inference_mode():
-        for batch in batches([rows.shape[1]] * len(rows), budget):
-            ids = rows[batch].to(loaded.device)
-            with weights_swapped(loaded, editable.originals), outputs_kept(loaded) as kept:
-                before = loaded.logits(ids)[:, :-1].log_softmax(-1)
-            for module, indices in modules.items():
-                layer = editable.sites[indices[0]].layer
-                # Blocks before the module's are those of the original: they are not run again, nor swapped.
-                idle = {s.tensor for s in editable.sites if s.layer < layer or s.module == module}
-                with weights_swapped(loaded, all_but(editable.originals, idle)), beginning_at(loaded, layer, kept):
-                    after = loaded.logits(ids)[:, :-1].log_softmax(-1)
-                measured[module] += float((before.exp() * (before - after)).sum())
-    count = max(1, rows[:, 1:].numel())
+    shares = shares_of_kl(editable, rows, batch_tokens=batch_tokens)
     factors = [1.0] * len(editable.sites)
-    for module, indices in modules.items():
+    for indices in by_module(editable.sites).values():
         predicted = sum(editable.price(n, metrics[n]) for n in indices)
         if predicted > 0:
-            factor = min(max(measured[module] / count / predicted, LEAST), MOST)
+            factor = min(max(sum(shares[n] for n in indices) / predicted, LEAST), MOST)
             for index in indices:
                 factors[index] = factor
     return factors
+
+
+def shares_of_kl(editable: EditableModel, rows: Tensor, *, batch_tokens: int = 2048) -> list[float]:
+    """1/2 <dKL/dW_l, D_l> for every site l: what it has of the mean KL from the original to the live model on these
+    rows `[rows, width]`, by one backward pass."""
+    loaded, sites = editable.loaded, editable.sites
+    shares = [0.0] * len(sites)
+    for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
+        ids = rows[batch].to(loaded.device)
+        with torch.inference_mode(), weights_swapped(loaded, editable.originals):
+            original = loaded.logits(ids).softmax(-1)
+        with traced(loaded, sites) as trace:
+            logits = loaded.logits(ids)
+            gradients, _ = trace.gradients_of(logits, logits.detach().softmax(-1) - original)
+        for index, (site, seen, gradient) in enumerate(zip(sites, trace.seen, gradients, strict=True)):
+            came = slice(None) if seen.tokens is None else seen.tokens
+            moved = site.inputs(seen.values).float() @ site.part(editable.change(site)).T
+            shares[index] += 0.5 * float((site.outputs(gradient.flatten(0, 1)[came]).float() * moved).sum())
+    return [share / max(1, rows.numel()) for share in shares]

@@ -1,9 +1,10 @@
 """The joint edit: all texts of a policy broken in one checkpoint, by damped re-solves of one closed form.
 
 Each round runs the texts through the model as edited so far, asks `breakpoints` which tokens must still give
-way, linearises their gaps (`linearise`), solves anew for the WHOLE edit (`solver`), and goes part of the way
-there. Solving for the whole edit keeps it small; going part of the way keeps the linearisation true. What counts is
-measured at weights rounded as they will be stored. Knows no files and no retain text.
+way, linearises their gaps (`linearise`) and those of guarded ordinary text (`guards`), solves anew for the WHOLE edit
+(`solver`), and goes part of the way there. Solving for the whole edit keeps it small; going part of the way keeps the
+linearisation true. What counts is measured at weights rounded as they will be stored. Knows no files and no retain
+text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from memscrub.edit.breakpoints import Demand, Prices, TextState, extend, violations
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import Delta, EditableModel
+from memscrub.edit.guards import Guard, standing
 from memscrub.edit.linearise import Linearisation, linearise, prices
 from memscrub.edit.solver import Linearised, Solution, least_disturbing_edit
 from memscrub.errors import NumericalError
@@ -75,6 +77,7 @@ class JointEdit:
     demands: list[Demand] = field(default_factory=list)
     prices: list[Prices] = field(default_factory=list)
     held: list[dict[int, float]] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
     steps: int = 0  # taken so far, over all runs: a later run goes on with small steps
     last: Solution | None = None
 
@@ -173,6 +176,7 @@ class JointEdit:
     def _look(self) -> tuple[Linearisation, tuple[int, ...]]:
         """One pass over the texts: extend their break points, linearise there, and say which demands are unmet."""
         unmet = []
+        own_path, batch_tokens = self.steps >= OWN_PATH_FROM, self.settings.batch_tokens
         noise = NOISE[self.editable.loaded.dtype]
         patient = self.steps < len(KEPT) - 1
 
@@ -196,9 +200,11 @@ class JointEdit:
             self.editable.sites,
             self.demands,
             choose,
-            own_path=self.steps >= OWN_PATH_FROM,
-            batch_tokens=self.settings.batch_tokens,
+            own_path=own_path,
+            batch_tokens=batch_tokens,
         )
+        if self.guards and found.sites:
+            found += standing(self.editable, self.guards, own_path=own_path, batch_tokens=batch_tokens)
         return found, tuple(sorted(unmet))
 
     def _step(self, found: Linearisation, kept: float, share: float) -> None:
@@ -208,7 +214,7 @@ class JointEdit:
         for site, linear in zip(editable.sites, found.sites, strict=True):
             change = site.part(editable.change(site))
             bounds = bounds + (1 - kept) * ((linear.gradients @ change) * linear.activations).sum(-1)
-        self.last = least_disturbing_edit(found.sites, self.metrics, bounds)
+        self.last = least_disturbing_edit(found.sites, self.metrics, bounds, found.yields)
         pairs = zip(self.last.left, self.last.right, strict=True)
         editable.apply(
             [editable.stepped(n, left, right, kept=kept, share=share) for n, (left, right) in enumerate(pairs)]

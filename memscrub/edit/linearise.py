@@ -36,12 +36,28 @@ Chooser = Callable[[int, TextState], Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Linearisation:
-    """Constraints at the current weights: per site, with their gaps and margins `[n]`, and each one's demand."""
+    """Constraints at the current weights, gap <= -margin: per site, with their gaps and margins `[n]`, the demand of
+    each, and how far each gives way (`solver`)."""
 
     sites: list[Linearised]
     gaps: Tensor
     margins: Tensor
     owners: list[int]
+    yields: Tensor
+
+    def reversed(self, yields: float) -> Linearisation:
+        """The opposite constraints, gap >= margin, as ones on the negative gaps, which give way by so much."""
+        sites = [Linearised(site.activations, -site.gradients) for site in self.sites]
+        return replace(self, sites=sites, gaps=-self.gaps, margins=-self.margins, yields=self.yields + yields)
+
+    def __add__(self, other: Linearisation) -> Linearisation:
+        return Linearisation(
+            [_joined(one, another) for one, another in zip(self.sites, other.sites, strict=True)],
+            torch.cat([self.gaps, other.gaps]),
+            torch.cat([self.margins, other.margins]),
+            self.owners + other.owners,
+            torch.cat([self.yields, other.yields]),
+        )
 
 
 def linearise(
@@ -88,6 +104,7 @@ def linearise(
         torch.cat(gaps) if gaps else torch.empty(0, device=device),
         torch.tensor(margins, device=device),
         owners,
+        torch.zeros(len(owners), device=device),
     )
 
 
@@ -139,6 +156,10 @@ def states_of(loaded: LoadedModel, demands: Sequence[Demand], *, batch_tokens: i
             logits = loaded.logits(ids)
         found |= dict(zip(batch, _states(logits, ids, [demands[index] for index in batch]), strict=True))
     return [found[index] for index in range(len(demands))]
+
+
+def _joined(one: Linearised, other: Linearised) -> Linearised:
+    return Linearised(torch.cat([one.activations, other.activations]), torch.cat([one.gradients, other.gradients]))
 
 
 def _passes(

@@ -3,7 +3,8 @@
 Minimise 1/2 sum_l tr(F_l D_l C_l D_l^T) subject to sum_l g_jl^T D_l a_jl <= b_j for every constraint j. The
 minimiser is D_l = - sum_j lambda_j (F_l^-1 g_jl)(C_l^-1 a_jl)^T, one rank-one term per constraint, where
 lambda >= 0 solves the linear complementarity problem K lambda + b >= 0, lambda^T (K lambda + b) = 0 with
-K_jk = sum_l (g_jl F_l^-1 g_kl)(a_jl C_l^-1 a_kl). Constraints that hold by themselves get lambda = 0.
+K_jk = sum_l (g_jl F_l^-1 g_kl)(a_jl C_l^-1 a_kl). Constraints that hold by themselves get lambda = 0. A constraint
+may give way: by y_j K_jj lambda_j, so that one which costs too much to hold is not held.
 
 Pure linear algebra: knows neither texts nor models.
 """
@@ -53,8 +54,11 @@ class Solution:
     condition: float = 1.0
 
 
-def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric], bounds: Tensor) -> Solution:
-    """Solve for the edit; `bounds` `[n]` is b, so the edit changes functional j by at most b_j.
+def least_disturbing_edit(
+    sites: Sequence[Linearised], metrics: Sequence[Metric], bounds: Tensor, yields: Tensor | float = 0.0
+) -> Solution:
+    """Solve for the edit; `bounds` `[n]` is b, so the edit changes functional j by at most b_j. `yields` `[n]` is y,
+    what each gives way by.
 
     Time n^2 (f + d) + n^3 per site and n^2 memory for the kernel. Raises NumericalError when the constraints
     are not finite.
@@ -64,7 +68,7 @@ def least_disturbing_edit(sites: Sequence[Linearised], metrics: Sequence[Metric]
     kernel = _kernel(sites, left, right, bounds)
     if not bool(torch.isfinite(kernel).all()) or not bool(torch.isfinite(bounds).all()):
         raise NumericalError("the edit's equations are not finite; the edit was rolled back.")
-    multipliers = complementary(kernel, bounds)
+    multipliers = complementary(kernel, bounds, yields=yields)
     pressing = multipliers > 0
     weights = -multipliers[pressing].float()
     return Solution(
@@ -97,8 +101,9 @@ def _condition(kernel: Tensor) -> float:
     return float((diagonal.max() / diagonal.min()) ** 2)
 
 
-def complementary(kernel: Tensor, bounds: Tensor, *, jitter: float = JITTER) -> Tensor:
-    """lambda >= 0 with K lambda + b >= 0 and complementary slackness, in float64; K must be symmetric.
+def complementary(kernel: Tensor, bounds: Tensor, *, yields: Tensor | float = 0.0, jitter: float = JITTER) -> Tensor:
+    """lambda >= 0 with K lambda + y diag(K) lambda + b >= 0 and complementary slackness, in float64; K must be
+    symmetric, `yields` is y.
 
     Block principal pivoting (Judice & Pires 1994; Kim & Park 2011): whole sets of variables change sides at
     once, single ones when that stops helping, so it ends after few Cholesky factorisations. The kernel is scaled to a
@@ -106,7 +111,7 @@ def complementary(kernel: Tensor, bounds: Tensor, *, jitter: float = JITTER) -> 
     """
     scale = kernel.diagonal().double().clamp(min=1e-30).rsqrt()
     matrix = kernel.double() * scale[:, None] * scale[None, :]
-    matrix.diagonal().add_(jitter)
+    matrix.diagonal().add_(yields).add_(jitter)
     right = -bounds.double() * scale
     zero = -_ROUNDING * float(right.abs().amax()) if len(right) else 0.0
     passive = right > 0

@@ -19,6 +19,7 @@ from memscrub.edit.calibration import price_factors
 from memscrub.edit.demands import demand_of
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
+from memscrub.edit.guards import find_guards
 from memscrub.edit.joint import EditOutcome, EditSettings, JointEdit
 from memscrub.edit.linearise import prices, states_of
 from memscrub.edit.modes import Mode, available_modes, fixed_distractor
@@ -39,10 +40,11 @@ from memscrub.reports.locality_limits import broken_distance
 REFINEMENTS = 8
 # Where further demands join, the rounds go on from this one of the schedule.
 RESUME = 4
-# The metrics are held against measured prices after this many rounds. What the rounds after these keep of the edit
-# made until then is a few hundredths in the end.
-CALIBRATE_AFTER = 2
-CALIBRATION_ROWS = 4
+# After so many rounds, and so many more, the metrics are held against measured prices and guards are looked for. What
+# the rounds after these keep of the edit made until then is little in the end.
+REHEARSALS = (2, 2)
+CALIBRATION_ROWS = 8
+GUARDED_ROWS = 64
 # Where not all texts fit: shares of them that are tried, those that cost least first.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -125,12 +127,18 @@ class JointStages:
         return [planned_cost(demand, state, price, margin, noise) for demand, state, price in triples]
 
     def _calibrated(self, edit: JointEdit) -> EditOutcome:
-        """A few rounds to see what sites truly cost, then the run with prices that are true to it."""
-        edit.rehearse(CALIBRATE_AFTER)
-        rows = self.ordinary[:: max(1, len(self.ordinary) // CALIBRATION_ROWS)][:CALIBRATION_ROWS]
-        factors = price_factors(edit.editable, edit.metrics, rows)
-        edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
+        """A few rounds to see what sites truly cost and what they break, then the run with prices that are true to it
+        and with guards."""
+        for rounds in REHEARSALS:
+            edit.rehearse(rounds)
+            factors = price_factors(edit.editable, edit.metrics, self._spread(CALIBRATION_ROWS))
+            edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
+            edit.guards += find_guards(edit.editable, self._spread(GUARDED_ROWS), known=edit.guards)
         return self._refined(edit)
+
+    def _spread(self, count: int) -> Tensor:
+        """So many of the rows of ordinary text, from all over it."""
+        return self.ordinary[:: max(1, len(self.ordinary) // count)][:count]
 
     def _refined(self, edit: JointEdit) -> EditOutcome:
         """Run, and go over again what still comes out in the model's own continuations or in other contexts."""
@@ -212,7 +220,7 @@ class JointStages:
             if not chosen:
                 continue
             self.stages.append(f"{len(chosen)} of {count} texts, for want of room")
-            smaller = JointEdit(edit.editable, edit.metrics, edit.settings)
+            smaller = JointEdit(edit.editable, edit.metrics, edit.settings, guards=edit.guards)
             smaller.demand([demands[index] for index in chosen])
             outcome = self._run(smaller)
             if not self._broken(smaller):
