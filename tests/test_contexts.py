@@ -10,7 +10,6 @@ import torch
 from models import changed, opened, ordinary_rows, random_text, snapshot, tiny_checkpoint, token_text
 
 from memscrub.edit.breakpoints import Demand, violations
-from memscrub.edit.calibration import LEAST, MOST, price_factors
 from memscrub.edit.contexts import BEFORE, PERTURBED, PERTURBED_AMONG, Context, in_context, kinds, shifted
 from memscrub.edit.disturbance import measure_disturbance
 from memscrub.edit.editable import EditableModel
@@ -19,7 +18,6 @@ from memscrub.edit.linearise import states_of
 from memscrub.models.model import LoadedModel
 from memscrub.models.site_finding import sites_of
 from memscrub.models.tokens import TokenText
-from memscrub.models.trace import by_module
 
 TEXTS = tuple(random_text(seed, 34) for seed in range(2))
 ORDINARY = ordinary_rows(1, rows=24, width=BEFORE)
@@ -114,62 +112,3 @@ def test_an_edit_made_for_other_contexts_holds_in_them(path: Path) -> None:
         assert violations(demand, state) == 0
     edit.editable.restore()
     assert changed(loaded, before) == set()
-
-
-# -- measured prices -----------------------------------------------------------------------------------------
-
-
-def test_price_factors_are_measured_over_predicted_for_each_site_alone(path: Path) -> None:
-    loaded = opened(path)
-    before = snapshot(loaded)
-    sites = sites_of(loaded)
-    metrics = measure_disturbance(loaded, sites, [ORDINARY], seed=0)
-    editable = EditableModel(loaded, sites, {site.name: torch.float32 for site in sites})
-    generator = torch.Generator().manual_seed(3)
-    deltas = [0.02 * torch.randn(loaded.weight(site).shape, generator=generator) for site in sites]
-    deltas[1].zero_()
-    editable.apply(deltas)
-    factors = price_factors(editable, metrics, ORDINARY)
-    assert factors[1] == 1.0
-    editable.restore()
-    for index in (0, 2, 3):
-        editable.apply([delta if number == index else torch.zeros_like(delta) for number, delta in enumerate(deltas)])
-        with torch.no_grad():
-            after = loaded.logits(ORDINARY)[:, :-1].log_softmax(-1)
-            editable.restore()
-            original = loaded.logits(ORDINARY)[:, :-1].log_softmax(-1)
-        kl = float((original.exp() * (original - after)).sum(-1).mean())
-        expected = min(max(kl / metrics[index].price(deltas[index]), LEAST), MOST)
-        assert factors[index] == pytest.approx(expected, rel=1e-2)
-    assert changed(loaded, before) == set()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_price_factors_are_to_the_bit_those_of_whole_passes_and_cost_half_of_them(family: str, tmp_path: Path) -> None:
-    loaded = opened(tiny_checkpoint(tmp_path / "checkpoint", family, seed=4, layers=4))
-    rows = ORDINARY[:6]
-    sites = sites_of(loaded, kinds=("mlp", "attention", "query"))
-    metrics = measure_disturbance(loaded, sites, [rows], seed=0)
-    editable = EditableModel(loaded, sites, {site.name: torch.float32 for site in sites})
-    generator = torch.Generator().manual_seed(5)
-    deltas = [0.02 * torch.randn(loaded.weight(site).shape, generator=generator) for site in sites]
-    deltas = [site.whole(site.part(delta), delta) for site, delta in zip(sites, deltas, strict=True)]
-    modules = by_module(sites)
-
-    def of_whole_passes(indices: list[int]) -> float:
-        editable.restore()
-        with torch.inference_mode():
-            before = loaded.logits(rows)[:, :-1].log_softmax(-1)
-            editable.apply([d if n in indices else torch.zeros_like(d) for n, d in enumerate(deltas)])
-            after = loaded.logits(rows)[:, :-1].log_softmax(-1)
-            moved = float((before.exp() * (before - after)).sum()) / rows[:, 1:].numel()
-        return min(max(moved / sum(editable.price(n, metrics[n]) for n in indices), LEAST), MOST)
-
-    expected = {n: of_whole_passes(indices) for indices in modules.values() for n in indices}
-    editable.apply(deltas)
-    run: list[str] = []
-    for name in modules:
-        loaded.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: run.append(name))
-    assert price_factors(editable, metrics, rows) == [expected[n] for n in range(len(sites))]
-    each = len(modules) // 4  # modules of a block: once for the original, then for every module at or below their block
-    assert len(run) == each * 4 + each * each * (4 + 3 + 2 + 1)

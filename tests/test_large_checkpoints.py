@@ -41,7 +41,7 @@ from memscrub.locality.distance import compare
 from memscrub.models.architecture import FAMILIES
 from memscrub.models.lean_weights import lean_dtype
 from memscrub.models.model import LoadedModel, load_model
-from memscrub.models.originals import OriginalsOnDisk, all_but
+from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.site_finding import sites_of
 from memscrub.models.trace import weights_swapped
 from memscrub.storage.checkpoint import Checkpoint, digest_files, open_checkpoint, read_tensor
@@ -189,7 +189,7 @@ def test_originals_come_from_disk_one_module_at_a_time(ckpt: Checkpoint) -> None
             assert changed(loaded, before) == set()  # read for the pass, never put into the model
         assert torch.equal(loaded.logits(RETAIN), edited)
         alone = sites[0].tensor
-        with weights_swapped(loaded, all_but(originals, [alone])):
+        with weights_swapped(loaded, originals.without([alone])):
             one = loaded.logits(RETAIN)
         loaded.model.get_parameter(alone).copy_(originals[alone])
     assert not torch.equal(one, expected)

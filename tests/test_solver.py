@@ -57,10 +57,11 @@ def disturbance(metrics: list[Metric], edit: list[Tensor]) -> float:
     return total
 
 
-def enumerated(sites: list[Linearised], metrics: list[Metric], bounds: Tensor) -> Tensor:
+def enumerated(sites: list[Linearised], metrics: list[Metric], bounds: Tensor, yields: Tensor | None = None) -> Tensor:
     """The minimiser as one vector, from the dense quadratic program: every active set is tried.
 
-    min 1/2 x^T H x subject to A x <= b, where x is all entries of all edits; H and A are written out in full.
+    min 1/2 x^T H x subject to A x <= b, where x is all entries of all edits; H and A are written out in full. With
+    `yields` a constraint j may be missed by s_j, at the price of s_j^2 / (2 y_j K_jj); s comes last in x then.
     """
     blocks, rows = [], []
     for site, each in zip(sites, metrics, strict=True):
@@ -69,6 +70,9 @@ def enumerated(sites: list[Linearised], metrics: list[Metric], bounds: Tensor) -
         outer = site.gradients[:, :, None] * site.activations[:, None, :]
         rows.append(outer.flatten(1).double())
     h, a, b = torch.block_diag(*blocks), torch.cat(rows, dim=1), bounds.double()
+    if yields is not None:
+        k = (a @ torch.linalg.solve(h, a.T)).diagonal()
+        h, a = torch.block_diag(h, torch.diag(1 / (yields.double() * k))), torch.cat([a, -torch.eye(len(a))], dim=1)
     n, size = a.shape
     best, best_cost = None, math.inf
     for count in range(n + 1):
@@ -96,6 +100,26 @@ def test_the_closed_form_is_the_least_disturbing_edit_that_meets_the_constraints
     assert float((found - expected).norm() / expected.norm().clamp(min=1e-9)) < 5e-3
     assert bool((effect(sites, edit) <= bounds + 5e-3).all())
     assert solution.cost == pytest.approx(disturbance(metrics, edit), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_gives_way_is_the_least_of_disturbance_and_of_what_is_missed(seed: int) -> None:
+    sites, metrics, bounds = problem(seed, 5, ((5, 3), (2, 3)))
+    yields = torch.tensor([0.1, 0.5, 2.0, 0.1, 0.5])
+    edit = dense(least_disturbing_edit(sites, metrics, bounds, yields))
+    expected = enumerated(sites, metrics, bounds, yields)[: -len(bounds)]
+    found = torch.cat([d.flatten() for d in edit]).double()
+    assert float((found - expected).norm() / expected.norm()) < 5e-3
+    held = dense(least_disturbing_edit(sites, metrics, bounds))
+    assert disturbance(metrics, edit) < disturbance(metrics, held)
+    assert bool((effect(sites, edit) > bounds + 1e-3).any())
+
+
+def test_of_two_that_contradict_each_other_the_one_that_gives_way_is_missed() -> None:
+    sites, metrics, _ = problem(3, 1, ((4, 3),))
+    both = [Linearised(torch.cat([s.activations] * 2), torch.cat([s.gradients, -s.gradients])) for s in sites]
+    edit = dense(least_disturbing_edit(both, metrics, torch.tensor([-2.0, 0.0]), torch.tensor([0.0, 0.1])))
+    assert float(effect(sites, edit)) == pytest.approx(-2.0, rel=1e-2)
 
 
 def test_no_other_edit_that_meets_the_constraints_disturbs_less() -> None:

@@ -56,7 +56,7 @@ def find_guards(
 def standing(
     editable: EditableModel, guards: Sequence[Guard], *, own_path: bool, batch_tokens: int = 2048
 ) -> Linearisation:
-    """The guards as constraints at the live weights: each gap times -1 must be its floor times -1 at most."""
+    """The guards as constraints at the live weights: each gap must be at least its floor."""
     sequences = [Demand(guard.tokens, 1) for guard in guards]
     found = linearise(
         editable,

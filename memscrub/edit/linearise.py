@@ -46,9 +46,9 @@ class Linearisation:
     yields: Tensor
 
     def reversed(self, yields: float) -> Linearisation:
-        """The opposite constraints, gap >= margin, as ones on the negative gaps, which give way by so much."""
+        """Constraints gap >= margin instead, as ones on the negative gaps, which give way by so much."""
         sites = [Linearised(site.activations, -site.gradients) for site in self.sites]
-        return replace(self, sites=sites, gaps=-self.gaps, margins=-self.margins, yields=self.yields + yields)
+        return replace(self, sites=sites, gaps=-self.gaps, yields=self.yields + yields)
 
     def __add__(self, other: Linearisation) -> Linearisation:
         return Linearisation(

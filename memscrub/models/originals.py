@@ -48,11 +48,3 @@ class OriginalsOnDisk(Mapping[str, Tensor]):
     def readers(self) -> dict[str, Reader]:
         """For every tensor, how to read it."""
         return {name: partial(self.__getitem__, name) for name in self.places}
-
-
-def all_but(originals: Mapping[str, Tensor], names: Iterable[str]) -> Mapping[str, Tensor]:
-    """The originals of all tensors but these, without looking at any."""
-    if isinstance(originals, OriginalsOnDisk):
-        return originals.without(names)
-    left = set(names)
-    return {name: value for name, value in originals.items() if name not in left}
