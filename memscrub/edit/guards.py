@@ -28,10 +28,10 @@ AT_A_TIME = 200
 # Tokens of context that a guard is seen in.
 CONTEXT = 64
 # The gap of a guarded token may fall by so much (logits).
-ALLOWED = 0.5
+ALLOWED = 0.2
 # A guard gives way where holding it would cost too much: by this share of what moves it (`solver`). A protected text's
 # own passage may stand in ordinary text.
-YIELD = 0.1
+YIELD = 0.02
 
 
 @dataclass(frozen=True)
