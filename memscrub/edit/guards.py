@@ -9,7 +9,7 @@ no protected text.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,12 +43,18 @@ class Guard:
 
 
 def find_guards(
-    editable: EditableModel, rows: Tensor, *, known: Collection[Guard] = (), batch_tokens: int = 2048
+    editable: EditableModel,
+    rows: Tensor,
+    *,
+    known: Collection[Guard] = (),
+    batch_tokens: int = 2048,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Guard]:
     """Guards for the predictions in these rows `[rows, width]` that the live edit disturbs by `HEAVY` or more, none in
-    a context that is `known`. A prediction that the original model was hardly surer of than of another is left."""
+    a context that is `known`. A prediction that the original model was hardly surer of than of another is left.
+    `progress` is told how many rows were read."""
     seen = {guard.tokens[:-1] for guard in known}
-    found = {context: kl for kl, context in _disturbed(editable, rows, batch_tokens) if context not in seen}
+    found = {context: kl for kl, context in _disturbed(editable, rows, batch_tokens, progress) if context not in seen}
     heaviest = sorted(found, key=lambda context: -found[context])[:AT_A_TIME]
     return _guards(editable, heaviest, batch_tokens)
 
@@ -69,11 +75,14 @@ def standing(
     return found.reversed(YIELD)
 
 
-def _disturbed(editable: EditableModel, rows: Tensor, batch_tokens: int) -> list[tuple[float, tuple[int, ...]]]:
+def _disturbed(
+    editable: EditableModel, rows: Tensor, batch_tokens: int, progress: Callable[[int], None]
+) -> list[tuple[float, tuple[int, ...]]]:
     """The KL of each prediction that the edit disturbs by `HEAVY` or more, and the tokens before it."""
     loaded = editable.loaded
     found = []
-    for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens)):
+    done = 0
+    for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
         ids = rows[batch].to(loaded.device)
         with torch.inference_mode():
             with weights_swapped(loaded, editable.originals):
@@ -83,6 +92,8 @@ def _disturbed(editable: EditableModel, rows: Tensor, batch_tokens: int) -> list
         for row, place in (kl >= HEAVY).nonzero().tolist():
             context = ids[row, max(0, place + 1 - CONTEXT) : place + 1].tolist()
             found.append((float(kl[row, place]), tuple(context)))
+        done += len(batch)
+        progress(done)
     return found
 
 

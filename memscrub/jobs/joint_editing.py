@@ -19,7 +19,7 @@ from memscrub.edit.calibration import price_factors
 from memscrub.edit.demands import demand_of
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
-from memscrub.edit.guards import find_guards
+from memscrub.edit.guards import Guard, find_guards
 from memscrub.edit.joint import EditOutcome, EditSettings, JointEdit
 from memscrub.edit.linearise import prices, states_of
 from memscrub.edit.modes import Mode, available_modes, fixed_distractor
@@ -131,10 +131,20 @@ class JointStages:
         and with guards."""
         for rounds in REHEARSALS:
             edit.rehearse(rounds)
+            if not any(edit.held):
+                break
             factors = price_factors(edit.editable, edit.metrics, self._spread(CALIBRATION_ROWS))
             edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
-            edit.guards += find_guards(edit.editable, self._spread(GUARDED_ROWS), known=edit.guards)
+            edit.guards += self._guards(edit)
         return self._refined(edit)
+
+    def _guards(self, edit: JointEdit) -> list[Guard]:
+        rows = self._spread(GUARDED_ROWS)
+
+        def told(done: int) -> None:
+            self.progress("ordinary text to guard", done, len(rows))
+
+        return find_guards(edit.editable, rows, known=edit.guards, progress=told)
 
     def _spread(self, count: int) -> Tensor:
         """So many of the rows of ordinary text, from all over it."""
