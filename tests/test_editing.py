@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import changed, in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
+from torch import Tensor
 
 from memscrub.edit.breakpoints import Demand, TextState, violations
 from memscrub.edit.contexts import Context, in_context
 from memscrub.edit.demands import AGREEING, continuation_demand, demand_of
+from memscrub.edit.editable import EditableModel
+from memscrub.edit.guards import Guard, find_guards
 from memscrub.edit.linearise import states_of
 from memscrub.edit.modes import Mode
 from memscrub.errors import UsageError
+from memscrub.jobs import joint_editing
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.jobs.scanning import Inputs, open_inputs
@@ -105,6 +112,58 @@ def test_the_joint_solver_takes_the_texts_out_and_says_what_it_did(folder: Path,
     if 'sites = "mlp"' in fix:
         assert all("down_proj" in name for name in edit.tensors())
     edit.editable.restore()
+    assert changed(inputs.loaded, before) == set()
+
+
+@pytest.mark.usefixtures("room")
+def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = opened(folder, "rounds = 12")
+    halves = retain_halves(inputs)
+    found: list[list[Guard]] = []
+
+    def spied(editable: EditableModel, rows: Tensor, **more: Any) -> list[Guard]:
+        assert set(map(tuple, rows.tolist())) <= set(map(tuple, halves.solver.tolist()))
+        assert more["known"] == [guard for earlier in found for guard in earlier]
+        found.append(find_guards(editable, rows, **more))
+        return found[-1]
+
+    monkeypatch.setattr(joint_editing, "find_guards", spied)
+    told: list[tuple[str, int, int]] = []
+    edit = make_edit(inputs, halves, progress=lambda *each: told.append(each))
+    assert not edit.made.outcome.unmet
+    assert len(found) == 2
+    assert found[0]  # a model this tiny is full, and gives something else away for every text that goes
+    assert ("ordinary text to guard", len(halves.solver), len(halves.solver)) in told
+
+
+@pytest.mark.usefixtures("room")
+def test_guards_keep_what_the_model_was_sure_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = opened(folder, "rounds = 12")
+    halves = retain_halves(inputs)
+    with torch.inference_mode():
+        before = inputs.loaded.logits(halves.solver).log_softmax(-1)
+    gaps = before.topk(2).values
+    sure = gaps[..., 0] - gaps[..., 1] > 1.0
+    disturbed = []
+    for guarded in (True, False):
+        if not guarded:
+            monkeypatch.setattr(joint_editing, "find_guards", lambda *those, **more: [])
+        edit = make_edit(inputs, halves)
+        with torch.inference_mode():
+            after = inputs.loaded.logits(halves.solver).log_softmax(-1)
+        disturbed.append((before.exp() * (before - after)).sum(-1)[sure].max())
+        edit.editable.restore()
+    assert disturbed[0] < 0.7 * disturbed[1]
+
+
+def test_where_nothing_is_to_be_broken_ordinary_text_is_not_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = opened(folder, "")
+    for name in ("find_guards", "price_factors"):
+        monkeypatch.setattr(joint_editing, name, lambda *those, **more: pytest.fail("ordinary text was looked at"))
+    before = snapshot(inputs.loaded)
+    edit_of(replace(inputs, texts=()))
     assert changed(inputs.loaded, before) == set()
 
 
