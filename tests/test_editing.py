@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from memscrub.jobs import joint_editing
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.jobs.scanning import Inputs, open_inputs
+from memscrub.locality.distance import Locality, compare
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.continuation import Continuation, Opening
 from memscrub.measures.measure import measure
+from memscrub.models.model import LoadedModel
 
 ALLOWED = 5
 POLICY = """\
@@ -120,20 +123,31 @@ def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, mon
     inputs = opened(folder, "rounds = 12")
     halves = retain_halves(inputs)
     found: list[list[Guard]] = []
+    looked_at: list[Tensor] = []
+    asked: list[Tensor] = []
 
     def spied(editable: EditableModel, rows: Tensor, **more: Any) -> list[Guard]:
         assert set(map(tuple, rows.tolist())) <= set(map(tuple, halves.solver.tolist()))
+        looked_at.append(rows)
         assert more["known"] == [guard for earlier in found for guard in earlier]
         found.append(find_guards(editable, rows, **more))
         return found[-1]
 
+    def compared(loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor) -> Locality:
+        asked.append(rows)
+        return compare(loaded, originals, rows)
+
     monkeypatch.setattr(joint_editing, "find_guards", spied)
+    monkeypatch.setattr(joint_editing, "compare", compared)
     told: list[tuple[str, int, int]] = []
     edit = make_edit(inputs, halves, progress=lambda *each: told.append(each))
     assert not edit.made.outcome.unmet
     assert len(found) == 2
     assert found[0]  # a model this tiny is full, and gives something else away for every text that goes
-    assert ("ordinary text to guard", len(halves.solver), len(halves.solver)) in told
+    guarded, rest = (set(map(tuple, rows.tolist())) for rows in (looked_at[0], asked[-1]))
+    assert guarded and rest and guarded | rest == set(map(tuple, halves.solver.tolist()))
+    assert not guarded & rest  # what guards favour is not asked whether there is room
+    assert ("ordinary text to guard", len(looked_at[0]), len(looked_at[0])) in told
 
 
 @pytest.mark.usefixtures("room")

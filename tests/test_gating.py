@@ -321,9 +321,7 @@ def test_a_waiver_of_no_text_is_refused_with_line_and_suggestion(
     assert f"policy.toml:{line}: a waiver names 't11', which no list has; did you mean 't1'?" in said
 
 
-def test_a_fix_with_a_waived_text_passes_without_it(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A model this tiny has little room: here it is waivers that count.
-    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
+def test_a_fix_with_a_waived_text_passes_without_it(world: Path) -> None:
     tight = POLICY.replace("max_verbatim_tokens = 6", "max_verbatim_tokens = 1") + "[fix]\nrounds = 1\n"
     waivers = "".join(WAIVER.format(id=f"t{n}", day="2999-12-31") for n in range(3))
     for text, outcome in ((tight, Outcome.UNREACHABLE), (tight + waivers, Outcome.PASS)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ RESUME = 4
 # the rounds after these keep of the edit made until then is little in the end.
 REHEARSALS = (2, 2)
 CALIBRATION_ROWS = 8
+# Guards favour the rows that they come from: these are half of the solver's at most, and whether there is room for an
+# edit is asked of the others.
 GUARDED_ROWS = 64
 # Where not all texts fit: shares of them that are tried, those that cost least first.
 SHARES = (0.75, 0.5, 0.25, 0.1)
@@ -139,12 +142,21 @@ class JointStages:
         return self._refined(edit)
 
     def _guards(self, edit: JointEdit) -> list[Guard]:
-        rows = self._spread(GUARDED_ROWS)
+        rows = self.ordinary[self._guarded]
 
         def told(done: int) -> None:
             self.progress("ordinary text to guard", done, len(rows))
 
         return find_guards(edit.editable, rows, known=edit.guards, progress=told)
+
+    @cached_property
+    def _guarded(self) -> Tensor:
+        """Which rows of ordinary text guards come from, true or false for each, from all over it."""
+        count = min(GUARDED_ROWS, len(self.ordinary) // 2)
+        chosen = torch.zeros(len(self.ordinary), dtype=torch.bool)
+        if count:
+            chosen[:: len(chosen) // count] = True
+        return chosen & (chosen.cumsum(0) <= count)
 
     def _spread(self, count: int) -> Tensor:
         """So many of the rows of ordinary text, from all over it."""
@@ -214,8 +226,8 @@ class JointStages:
         return top_heads(self.inputs.loaded, everything, chosen)
 
     def _broken(self, edit: JointEdit) -> tuple[str, ...]:
-        """The locality limits that the live edit breaks on the solver's half."""
-        measured = compare(self.inputs.loaded, edit.editable.originals, self.ordinary)
+        """The locality limits that the live edit breaks on the solver's half, where no guard comes from."""
+        measured = compare(self.inputs.loaded, edit.editable.originals, self.ordinary[~self._guarded])
         return tuple(broken_distance(measured, self.inputs.policy.locality))
 
     def _what_fits(self, edit: JointEdit) -> EditOutcome:
