@@ -154,20 +154,27 @@ def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, mon
 def test_guards_keep_what_the_model_was_sure_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = opened(folder, "rounds = 12")
     halves = retain_halves(inputs)
-    with torch.inference_mode():
-        before = inputs.loaded.logits(halves.solver).log_softmax(-1)
+    guarded: list[Tensor] = []
+
+    def spied(editable: EditableModel, rows: Tensor, **more: Any) -> list[Guard]:
+        guarded.append(rows)
+        return find_guards(editable, rows, **more)
+
+    def log_p() -> Tensor:
+        with torch.inference_mode():
+            return inputs.loaded.logits(guarded[0]).log_softmax(-1)
+
+    edited = []
+    for find in (spied, lambda *those, **more: []):
+        monkeypatch.setattr(joint_editing, "find_guards", find)
+        edit = make_edit(inputs, halves)
+        edited.append(log_p())
+        edit.editable.restore()
+    before = log_p()
     gaps = before.topk(2).values
     sure = gaps[..., 0] - gaps[..., 1] > 1.0
-    disturbed = []
-    for guarded in (True, False):
-        if not guarded:
-            monkeypatch.setattr(joint_editing, "find_guards", lambda *those, **more: [])
-        edit = make_edit(inputs, halves)
-        with torch.inference_mode():
-            after = inputs.loaded.logits(halves.solver).log_softmax(-1)
-        disturbed.append((before.exp() * (before - after)).sum(-1)[sure].max())
-        edit.editable.restore()
-    assert disturbed[0] < 0.7 * disturbed[1]
+    with_guards, without = ((before.exp() * (before - after)).sum(-1)[sure].max() for after in edited)
+    assert with_guards < 0.7 * without
 
 
 def test_where_nothing_is_to_be_broken_ordinary_text_is_not_looked_at(
