@@ -19,7 +19,7 @@ from memscrub.edit.breakpoints import Demand, TextState, violations
 from memscrub.edit.contexts import Context, in_context
 from memscrub.edit.demands import AGREEING, continuation_demand, demand_of
 from memscrub.edit.editable import EditableModel
-from memscrub.edit.guards import Guard, find_guards
+from memscrub.edit.guards import HEAVY, Guard, find_guards
 from memscrub.edit.linearise import states_of
 from memscrub.edit.modes import Mode
 from memscrub.errors import UsageError
@@ -172,9 +172,11 @@ def test_guards_keep_what_the_model_was_sure_of(folder: Path, monkeypatch: pytes
         edit.editable.restore()
     before = log_p()
     gaps = before.topk(2).values
-    sure = gaps[..., 0] - gaps[..., 1] > 1.0
-    with_guards, without = ((before.exp() * (before - after)).sum(-1)[sure].max() for after in edited)
-    assert with_guards < 0.7 * without
+    with_guards, without = ((before.exp() * (before - after)).sum(-1) for after in edited)
+    held = (without >= HEAVY) & (gaps[..., 0] - gaps[..., 1] > 1.0)
+    assert int(held.sum()) > 10
+    # A model this tiny has no room to hold them all (`test_guards` has one that does).
+    assert with_guards[held].mean() < 0.9 * without[held].mean()
 
 
 def test_where_nothing_is_to_be_broken_ordinary_text_is_not_looked_at(
