@@ -27,11 +27,12 @@ from memscrub.jobs import joint_editing
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.jobs.scanning import Inputs, open_inputs
-from memscrub.locality.distance import Locality, compare
+from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.continuation import Continuation, Opening
 from memscrub.measures.measure import measure
 from memscrub.models.model import LoadedModel
+from memscrub.policy.sections import Locality as Limits
 
 ALLOWED = 5
 POLICY = """\
@@ -133,12 +134,15 @@ def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, mon
         found.append(find_guards(editable, rows, **more))
         return found[-1]
 
-    def compared(loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor) -> Locality:
+    def room(
+        loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, limits: Limits, *, surely: bool
+    ) -> tuple[str, ...]:
         asked.append(rows)
-        return compare(loaded, originals, rows)
+        assert surely  # no text is waived
+        return without_room(loaded, originals, rows, limits, surely=surely)
 
     monkeypatch.setattr(joint_editing, "find_guards", spied)
-    monkeypatch.setattr(joint_editing, "compare", compared)
+    monkeypatch.setattr(joint_editing, "without_room", room)
     told: list[tuple[str, int, int]] = []
     edit = make_edit(inputs, halves, progress=lambda *each: told.append(each))
     assert not edit.made.outcome.unmet
@@ -288,3 +292,21 @@ def test_where_not_all_texts_fit_those_that_cost_least_are_edited_and_the_reason
     assert 0 < len(edit.made.outcome.unmet) < len(runs)
     edit.editable.restore()
     assert changed(inputs.loaded, before) == set()
+
+
+def test_where_not_all_texts_fit_those_that_are_waived_are_given_up_first(folder: Path) -> None:
+    fix = 'sites = "mlp"\nfallback = "none"\nlayers = [1]'
+    inputs = opened(folder, fix)
+    edit = edit_of(inputs)
+    given_up = set(edit.made.outcome.unmet)
+    edit.editable.restore()
+    kept = sorted(set(range(len(inputs.texts))) - given_up)
+    waived = kept[: len(given_up)]  # others, as many
+    waiver = '[[waiver]]\nid = "{}"\nexpires = 2999-12-31\nreason = "licensed"\n'
+    more = "\n" + "".join(waiver.format(inputs.texts[index].id) for index in waived)
+    again = opened(folder, fix + more)
+    made = edit_of(again).made
+    count = len(inputs.texts)
+    assert made.stages[1] == f"{count - len(waived)} of {count} texts, for want of room"
+    assert set(made.outcome.unmet) >= set(waived)
+    assert not set(made.outcome.unmet) >= given_up

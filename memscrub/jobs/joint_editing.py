@@ -7,7 +7,7 @@ the judge's half is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,7 +27,7 @@ from memscrub.edit.modes import Mode, available_modes, fixed_distractor
 from memscrub.edit.solver import Linearised
 from memscrub.jobs.refine import Further, near_verbatim, other_contexts
 from memscrub.jobs.scanning import Inputs
-from memscrub.locality.distance import compare
+from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.extraction import NOISE
 from memscrub.measures.measure import Progress
@@ -35,7 +35,6 @@ from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.site_finding import sites_of
 from memscrub.models.sites import Site
 from memscrub.models.trace import weights_swapped
-from memscrub.reports.locality_limits import broken_distance
 
 # After a run the texts are gone over again at most this often, where they still come out elsewhere.
 REFINEMENTS = 8
@@ -48,7 +47,7 @@ CALIBRATION_ROWS = 8
 # Guards favour the rows that they come from: these are half of the solver's at most, and whether there is room for an
 # edit is asked of the others.
 GUARDED_ROWS = 64
-# Where not all texts fit: shares of them that are tried, those that cost least first.
+# Where not all texts fit: shares of them that are tried, those first that cost least and that no waiver excuses.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
 Metrics = Callable[[Sequence[Site]], list[Metric]]
@@ -85,7 +84,7 @@ class JointStages:
         outcome = self._calibrated(edit)
         outcome = self._other_modes(edit, outcome)
         outcome = self._attention(edit, outcome)
-        self.no_room = self._broken(edit)
+        self.no_room = self._broken(edit, range(len(self.inputs.texts)))
         if self.no_room:
             outcome = self._what_fits(edit)
         return edit.editable, outcome
@@ -225,27 +224,37 @@ class JointStages:
         chosen = [Linearised(c.activations[unmet], c.gradients[unmet]) for c in constraints]
         return top_heads(self.inputs.loaded, everything, chosen)
 
-    def _broken(self, edit: JointEdit) -> tuple[str, ...]:
-        """The locality limits that the live edit breaks on the solver's half, where no guard comes from."""
-        measured = compare(self.inputs.loaded, edit.editable.originals, self.ordinary[~self._guarded])
-        return tuple(broken_distance(measured, self.inputs.policy.locality))
+    def _broken(self, edit: JointEdit, texts: Collection[int]) -> tuple[str, ...]:
+        """The locality limits that the live edit of these texts breaks on the solver's half, where no guard comes from.
+
+        While some of them are waived and cost nothing to give up, the slightest break counts.
+        """
+        rows, limits = self.ordinary[~self._guarded], self.inputs.policy.locality
+        surely = self._waived.isdisjoint(texts)
+        return without_room(self.inputs.loaded, edit.editable.originals, rows, limits, surely=surely)
+
+    @cached_property
+    def _waived(self) -> set[int]:
+        """Which texts a waiver excuses from all their limits."""
+        ids = {waiver.id for waiver in self.inputs.allowances.waivers if waiver.limit is None}
+        return {index for index, text in enumerate(self.inputs.texts) if text.id in ids}
 
     def _what_fits(self, edit: JointEdit) -> EditOutcome:
-        """Take the edit back and make it for the cheapest share of the texts that keeps within locality."""
+        """Take the edit back and make it for as many texts as keep within locality: all but those that are waived, or
+        the cheapest share."""
         count = len(self.inputs.texts)
         demands = edit.demands[:count]
         edit.editable.restore()
         costs = self._costs(edit, demands)
-        order = sorted(range(count), key=lambda index: costs[index])
-        for share in SHARES:
-            chosen = sorted(order[: int(share * count)])
-            if not chosen:
-                continue
+        order = sorted(range(count), key=lambda index: (index in self._waived, costs[index]))
+        sizes = {count - len(self._waived), *(int(share * count) for share in SHARES)} - {0, count}
+        for size in sorted(sizes, reverse=True):
+            chosen = sorted(order[:size])
             self.stages.append(f"{len(chosen)} of {count} texts, for want of room")
             smaller = JointEdit(edit.editable, edit.metrics, edit.settings, guards=edit.guards)
             smaller.demand([demands[index] for index in chosen])
             outcome = self._run(smaller)
-            if not self._broken(smaller):
+            if not self._broken(smaller, chosen):
                 left = {chosen[index] for index in outcome.unmet} | (set(range(count)) - set(chosen))
                 return replace(outcome, unmet=tuple(sorted(left)))
             edit.editable.restore()
