@@ -10,9 +10,10 @@ from models import FAMILIES, changed, hooks, ids_of, opened, random_text, snapsh
 from torch import Tensor, nn
 
 from memscrub.models.model import LoadedModel
+from memscrub.models.own_path import OwnPath
 from memscrub.models.site_finding import sites_of
 from memscrub.models.sites import Site
-from memscrub.models.trace import OwnPath, traced, weights_swapped
+from memscrub.models.trace import traced, weights_swapped
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memscrub.edit.breakpoints import Demand
 from memscrub.edit.editable import EditableModel
-from memscrub.edit.linearise import Linearisation, linearise
+from memscrub.edit.linearise import Linearisation, linearise_at
 from memscrub.models.tokens import batches, pad
 from memscrub.models.trace import weights_swapped
 
@@ -59,19 +59,11 @@ def find_guards(
     return _guards(editable, heaviest, batch_tokens)
 
 
-def standing(
-    editable: EditableModel, guards: Sequence[Guard], *, own_path: bool, batch_tokens: int = 2048
-) -> Linearisation:
+def standing(editable: EditableModel, guards: Sequence[Guard], *, batch_tokens: int = 2048) -> Linearisation:
     """The guards as constraints at the live weights: each gap must be at least its floor."""
     sequences = [Demand(guard.tokens, 1) for guard in guards]
-    found = linearise(
-        editable,
-        editable.sites,
-        sequences,
-        lambda index, _: {len(sequences[index].tokens) - 1: guards[index].floor},
-        own_path=own_path,
-        batch_tokens=batch_tokens,
-    )
+    points = [{len(guard.tokens) - 1: guard.floor} for guard in guards]
+    found = linearise_at(editable, editable.sites, sequences, points, batch_tokens=batch_tokens)
     return found.reversed(YIELD)
 
 

@@ -8,7 +8,6 @@ break point itself (`breakpoints`) and solves nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -20,11 +19,12 @@ from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.modes import Mode
 from memscrub.edit.solver import Linearised
-from memscrub.measures.extraction import Scores, score_logits
+from memscrub.measures.extraction import NOISE, Scores, score_logits
 from memscrub.models.model import LoadedModel
+from memscrub.models.own_path import At, Memory, OwnPath, Remembered
 from memscrub.models.sites import Site
 from memscrub.models.tokens import batches, pad
-from memscrub.models.trace import OwnPath, Trace, traced
+from memscrub.models.trace import Trace, traced
 
 # Every break costs something whatever its price: this share of the median cost keeps their number down.
 COUNT_WEIGHT = 0.3
@@ -61,44 +61,62 @@ class Linearisation:
 
 
 def linearise(
+    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], choose: Chooser, *, batch_tokens: int
+) -> Linearisation:
+    """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state.
+
+    A gap's gradient is that of its own path (`own_path.OwnPath`): of the token's own place, as if what attention reads
+    of earlier places were fixed.
+    """
+
+    def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
+        with torch.no_grad():
+            states = _states(editable.loaded.unembed(features), ids, [demands[index] for index in batch])
+        return [choose(index, state) for index, state in zip(batch, states, strict=True)]
+
+    return _linearised(editable, sites, demands, chosen, batch_tokens)
+
+
+def linearise_at(
     editable: EditableModel,
     sites: Sequence[Site],
     demands: Sequence[Demand],
-    choose: Chooser,
+    points: Sequence[Mapping[int, float]],
     *,
-    own_path: bool,
     batch_tokens: int,
 ) -> Linearisation:
-    """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state."""
+    """The same at break points that are known beforehand, for which no state is looked up."""
+    return _linearised(editable, sites, demands, lambda batch, *_: [points[index] for index in batch], batch_tokens)
+
+
+def _linearised(
+    editable: EditableModel,
+    sites: Sequence[Site],
+    demands: Sequence[Demand],
+    choose: Callable[[Sequence[int], Tensor, Tensor], Sequence[Mapping[int, float]]],
+    batch_tokens: int,
+) -> Linearisation:
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
     gaps, margins = [], []
     owners: list[int] = []
-    path = OwnPath() if own_path else nullcontext()
-    loaded = editable.loaded
-    for batch, ids, trace, features in _passes(editable, sites, demands, batch_tokens, path):
-        with torch.no_grad():
-            states = _states(loaded.unembed(features), ids, [demands[index] for index in batch])
-        chosen = [choose(index, state) for index, state in zip(batch, states, strict=True)]
-        rows = torch.tensor([row for row, points in enumerate(chosen) for _ in points], dtype=torch.long)
-        if not len(rows):
+    device = editable.loaded.device
+    for batch, ids, look in _looks(editable, sites, demands, batch_tokens):
+        chosen = choose(batch, ids, look.features)
+        if not any(chosen):
             continue
-        tokens = torch.tensor([token for points in chosen for token in points], dtype=torch.long)
         pairs = [(index, token) for index, points in zip(batch, chosen, strict=True) for token in points]
-        targets = torch.tensor([demands[index].tokens[token] for index, token in pairs])
-        rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs])
-        # Break points are a tenth of all tokens: only their logits are differentiated.
-        logits = loaded.unembed(features[rows, tokens - 1])
-        gap = _gaps(logits, targets.to(logits.device), rivals.to(logits.device))
-        places = (rows * trace.writes[0].shape[1] + tokens - 1).to(gap.device)
-        for number, gradient in enumerate(trace.gradients(gap.sum())):
-            site = sites[number]
-            activations[number].append(site.inputs(trace.seen[number].at(places)).float())
-            gradients[number].append(site.outputs(gradient[rows, tokens - 1]).float())
+        found = look.at([list(points) for points in chosen])
+        targets = torch.tensor([demands[index].tokens[token] for index, token in pairs], device=device)
+        rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs], device=device)
+        gap = _gaps(found.logits, targets, rivals)
+        for number, gradient in enumerate(found.trace.gradients(gap.sum())):
+            site, seen = sites[number], found.trace.seen[number]
+            activations[number].append(site.inputs(seen.at(found.places)).float())
+            gradients[number].append(site.outputs(gradient.flatten(0, 1)[found.places]).float())
         gaps.append(gap.detach())
         margins += [margin for points in chosen for margin in points.values()]
         owners += [index for index, _ in pairs]
-    device = loaded.device
     return Linearisation(
         [Linearised(torch.cat(a), torch.cat(g)) for a, g in zip(activations, gradients, strict=True) if a],
         torch.cat(gaps) if gaps else torch.empty(0, device=device),
@@ -118,11 +136,11 @@ def prices(
 ) -> list[Prices]:
     """What breaking each token would cost by itself: (gap + m)^2 / K_tt, from one pass at the current weights.
 
-    Each token's price is that of its own path (`trace.OwnPath`). With the unseparated gradient of the sum instead,
+    Each token's price is that of its own path (`own_path.OwnPath`). With the unseparated gradient of the sum instead,
     the chosen points cost several times more disturbance (docs/lab-notes.md).
     """
     found: dict[int, Prices] = {}
-    for batch, ids, trace, features in _passes(editable, editable.sites, demands, batch_tokens, OwnPath()):
+    for batch, ids, trace, features in _passes(editable, editable.sites, demands, batch_tokens):
         logits = editable.loaded.unembed(features)
         rivals = torch.full_like(ids[:, 1:], _NEXT_BEST, device="cpu")  # filled one by one
         for row, index in enumerate(batch):
@@ -162,21 +180,112 @@ def _joined(one: Linearised, other: Linearised) -> Linearised:
     return Linearised(torch.cat([one.activations, other.activations]), torch.cat([one.gradients, other.gradients]))
 
 
+@dataclass(frozen=True)
+class _Points:
+    """The logits `[n, vocabulary]` that predict the break points of a batch, differentiable; the trace of the pass that
+    they come from, and where in its flattened batch they stand."""
+
+    logits: Tensor
+    trace: Trace
+    places: Tensor
+
+
+@dataclass
+class _Whole:
+    """A look at a batch of texts by a pass that is differentiable at every token."""
+
+    loaded: LoadedModel
+    trace: Trace
+    features: Tensor
+
+    def at(self, chosen: Sequence[Sequence[int]]) -> _Points:
+        # Break points are a tenth of all tokens: only their logits are differentiated.
+        rows, before = _rows_and_columns(chosen, self.features.device)
+        logits = self.loaded.unembed(self.features[rows, before])
+        return _Points(logits, self.trace, rows * self.features.shape[1] + before)
+
+
+@dataclass
+class _Apart:
+    """A look by a pass without gradients. The break points' own paths are computed again, by themselves.
+
+    Where that gives other logits (`apart` is false then: a family whose places meet elsewhere than in attention), the
+    whole pass is made again.
+    """
+
+    loaded: LoadedModel
+    sites: Sequence[Site]
+    ids: Tensor
+    memory: Memory
+    features: Tensor
+    apart: bool = True
+
+    def at(self, chosen: Sequence[Sequence[int]]) -> _Points:
+        self.apart = bool(self.memory.calls)
+        if self.apart:
+            points, known = self._alone(chosen)
+            self.apart = bool((points.logits.detach() - known).abs().max() <= NOISE[self.loaded.dtype])
+            if self.apart:
+                return points
+        trace, features = _whole_pass(self.loaded, self.sites, self.ids)
+        return _Whole(self.loaded, trace, features).at(chosen)
+
+    def _alone(self, chosen: Sequence[Sequence[int]]) -> tuple[_Points, Tensor]:
+        """The break points by themselves, each row's side by side; and the logits that the whole pass had for them."""
+        rows, before = _rows_and_columns(chosen, self.ids.device)
+        columns = torch.tensor([number for points in chosen for number in range(len(points))], device=self.ids.device)
+        positions = self.ids.new_zeros(len(self.ids), max(map(len, chosen)))
+        positions[rows, columns] = before
+        with At(self.memory, positions), traced(self.loaded, self.sites) as trace:
+            features = self.loaded.features(self.ids.gather(1, positions), positions=positions)[0]
+            logits = self.loaded.unembed(features[rows, columns])
+        with torch.no_grad():
+            known = self.loaded.unembed(self.features[rows, before])
+        return _Points(logits, trace, rows * positions.shape[1] + columns), known
+
+
+def _rows_and_columns(chosen: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of the break points, and the position that predicts each."""
+    rows = [row for row, points in enumerate(chosen) for _ in points]
+    before = [token - 1 for points in chosen for token in points]
+    return torch.tensor(rows, device=device), torch.tensor(before, device=device)
+
+
+def _looks(
+    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, _Whole | _Apart]]:
+    """Batches of indices and ids, each with a look at them. With lean weights every pass is a whole one, and so they
+    are from the first batch on whose own paths cannot be computed apart."""
+    loaded = editable.loaded
+    apart = loaded.lean is None
+    for batch, ids in _batches(loaded, demands, batch_tokens):
+        if not apart:
+            yield batch, ids, _Whole(loaded, *_whole_pass(loaded, sites, ids))
+            continue
+        memory = Memory()
+        with torch.no_grad(), Remembered(memory):
+            look = _Apart(loaded, sites, ids, memory, loaded.features(ids)[0])
+        yield batch, ids, look
+        apart = look.apart
+
+
 def _passes(
-    editable: EditableModel,
-    sites: Sequence[Site],
-    demands: Sequence[Demand],
-    batch_tokens: int,
-    path: AbstractContextManager[object],
+    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor, Trace, Tensor]]:
     """Forward passes over the demands' sequences, traced: batch of indices, ids, trace and features of every token."""
-    loaded = editable.loaded
-    budget = loaded.batch_tokens(batch_tokens, gradients=True)
+    for batch, ids in _batches(editable.loaded, demands, batch_tokens):
+        yield batch, ids, *_whole_pass(editable.loaded, sites, ids)
+
+
+def _whole_pass(loaded: LoadedModel, sites: Sequence[Site], ids: Tensor) -> tuple[Trace, Tensor]:
+    with OwnPath(), traced(loaded, sites) as trace:
+        return trace, loaded.features(ids)[0]
+
+
+def _batches(loaded: LoadedModel, demands: Sequence[Demand], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
     _ = loaded.projects  # `features` asks for it, and finds it out by a pass that is not to be traced
-    for batch in batches([len(demand.tokens) for demand in demands], budget):
-        ids = pad([demands[index].tokens for index in batch]).to(loaded.device)
-        with path, traced(loaded, sites) as trace:
-            yield batch, ids, trace, loaded.features(ids)[0]
+    for batch in batches([len(demand.tokens) for demand in demands], loaded.batch_tokens(batch_tokens, gradients=True)):
+        yield batch, pad([demands[index].tokens for index in batch]).to(loaded.device)
 
 
 def _states(logits: Tensor, ids: Tensor, demands: Sequence[Demand]) -> list[TextState]:

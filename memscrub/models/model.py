@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -110,14 +111,19 @@ class LoadedModel:
         """The model without its head; None for a model that does not keep the two apart."""
         return getattr(self.model, self.family.blocks.partition(".")[0], None)
 
-    def features(self, tokens: Tensor, past: Any = None, *, keep: bool = False) -> tuple[Tensor, Any]:
+    def features(
+        self, tokens: Tensor, past: Any = None, *, keep: bool = False, positions: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         """What `unembed` makes logits of, `[batch, length, ...]`, for right-padded ids `[batch, length]` on the device.
 
-        `past` is a cache of the tokens before these; with `keep` the cache of all is returned, else None.
+        `past` is a cache of the tokens before these; with `keep` the cache of all is returned, else None. `positions`
+        `[batch, length]` says where in a text the ids stand, to models that want to be told.
         """
         cached = keep or past is not None
         model = self._base if self.projects else self.model
-        output: Any = model(input_ids=tokens, past_key_values=past, use_cache=cached)
+        told = positions is not None and "position_ids" in signature(model.forward).parameters
+        where = {"position_ids": positions} if told else {}
+        output: Any = model(input_ids=tokens, past_key_values=past, use_cache=cached, **where)
         features: Tensor = output[0] if self.projects else output.logits
         return features.to(self.device), output.past_key_values if cached else None
 

@@ -5,13 +5,12 @@ hooks and weights are always put back. Knows nothing of texts or edits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from memscrub.models.experts import Seen, seen_by
 from memscrub.models.lean_weights import one_block_at_a_time
@@ -119,26 +118,6 @@ def by_module(sites: Sequence[Site]) -> dict[str, list[int]]:
     for index, site in enumerate(sites):
         found.setdefault(site.module, []).append(index)
     return found
-
-
-class OwnPath(TorchFunctionMode):
-    """Inside this context gradients do not flow to earlier positions through attention's keys and values.
-
-    The gradient of a sum over all positions then holds, at each position, that position's own share: one
-    backward pass where exact shares would need one per position. Families without scaled-dot-product attention
-    in transformers get the unseparated sum.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention and len(args) >= 3:
-            args = (args[0], args[1].detach(), args[2].detach(), *args[3:])
-        return func(*args, **(kwargs or {}))
 
 
 class _Hook:

@@ -1,0 +1,118 @@
+"""Gradients of positions along their own path: as if what attention reads of earlier positions were fixed.
+
+A position's own path needs nothing of other positions but their keys and values. So it can be computed again at a few
+positions alone, next to what a pass over whole texts left (`Remembered`, `At`): the pass over all of them then needs no
+gradients. Knows no texts and no edits; families without scaled-dot-product attention in transformers have no own path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+class OwnPath(TorchFunctionMode):
+    """Inside this context gradients do not flow to earlier positions through attention's keys and values.
+
+    The gradient of a sum over all positions then holds, at each position, that position's own share: one
+    backward pass where exact shares would need one per position. Families without scaled-dot-product attention
+    in transformers get the unseparated sum.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _ATTENTION and len(args) >= 3:
+            args = (args[0], args[1].detach(), args[2].detach(), *args[3:])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Call:
+    """What one attention of a pass over whole texts was given besides its queries."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+    causal: bool
+    more: dict[str, Any]
+
+
+@dataclass
+class Memory:
+    """The attentions of one pass over whole texts, in order."""
+
+    calls: list[_Call] = field(default_factory=list, repr=False)
+
+
+class Remembered(TorchFunctionMode):
+    """Inside this context every attention leaves its keys, values and mask in `memory`."""
+
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func is _ATTENTION and len(args) == 3:
+            given = {**named}
+            mask, causal = given.pop("attn_mask", None), bool(given.pop("is_causal", False))
+            self.memory.calls.append(_Call(args[1], args[2], mask, causal, given))
+        return func(*args, **named)
+
+
+class At(TorchFunctionMode):
+    """Inside this context the model is given only the tokens at `positions` `[batch, n]` of the texts in `memory`, and
+    their queries meet the keys and values of the whole texts. Good for one pass."""
+
+    def __init__(self, memory: Memory, positions: Tensor) -> None:
+        super().__init__()
+        self.calls = iter(memory.calls)
+        self.positions = positions
+        self.masks: dict[int | None, Tensor | None] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _ATTENTION and (call := next(self.calls, None)) is not None:
+            return func(args[0], call.keys, call.values, attn_mask=self._mask(call), **call.more)
+        return func(*args, **(kwargs or {}))
+
+    def _mask(self, call: _Call) -> Tensor | None:
+        """The rows of the mask that belong to the positions, `[batch, 1 or heads, n, length]`; alike in many blocks."""
+        key = None if call.mask is None else id(call.mask)
+        if key not in self.masks:
+            self.masks[key] = self._rows(call)
+        return self.masks[key]
+
+    def _rows(self, call: _Call) -> Tensor | None:
+        length = call.keys.shape[-2]
+        if call.mask is None:
+            if not call.causal:
+                return None
+            return (torch.arange(length, device=call.keys.device) <= self.positions[..., None])[:, None]
+        batch, count = self.positions.shape
+        mask = call.mask.expand(batch, -1, -1, -1)
+        wanted = self.positions[:, None, :, None].expand(batch, mask.shape[1], count, mask.shape[3])
+        return mask.gather(2, wanted)
