@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memscrub.edit import linearise as module
+from memscrub.edit import looks as module
 from memscrub.edit.breakpoints import Demand, TextState
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.linearise import Linearisation, linearise, linearise_at
@@ -49,17 +49,12 @@ def editable(loaded: LoadedModel) -> EditableModel:
     return EditableModel(loaded, sites, {site.name: torch.float32 for site in sites})
 
 
-def by_whole_passes(made: EditableModel, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Linearisation:
-    def whole(
-        each: EditableModel, sites: Sequence[Any], demands: Sequence[Demand], batch_tokens: int
-    ) -> Iterator[tuple[list[int], Tensor, Any]]:
-        for batch, ids, trace, features in module._passes(each, sites, demands, batch_tokens):
-            yield batch, ids, module._Whole(each.loaded, trace, features)
-
+def by_whole_passes(made: EditableModel, monkeypatch: pytest.MonkeyPatch) -> Linearisation:
+    """The same by passes with gradients at every token."""
     demands, points = demands_and_points()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_looks", whole)
-        return linearise_at(made, made.sites, demands, points, batch_tokens=100)
+        patch.setattr(module, "Remembered", lambda memory: contextlib.nullcontext())
+        return linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100)
 
 
 def assert_alike(one: Linearisation, other: Linearisation) -> None:
@@ -76,13 +71,13 @@ def assert_alike(one: Linearisation, other: Linearisation) -> None:
 def whole_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each whole pass with gradients that is made from now on."""
     made: list[int] = []
-    real = module._whole_pass
+    real = module.whole_pass
 
-    def counted(*given: Any) -> Any:
+    def counted(*given: Any, **more: Any) -> Any:
         made.append(1)
-        return real(*given)
+        return real(*given, **more)
 
-    monkeypatch.setattr(module, "_whole_pass", counted)
+    monkeypatch.setattr(module, "whole_pass", counted)
     return made
 
 
@@ -94,7 +89,7 @@ def test_own_paths_by_themselves_are_those_of_the_whole_pass(
     expected = by_whole_passes(made, monkeypatch)
     whole_passes.clear()
     demands, points = demands_and_points()
-    assert_alike(linearise_at(made, made.sites, demands, points, batch_tokens=100), expected)
+    assert_alike(linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100), expected)
     assert bool(whole_passes) == (case in TOGETHER)
 
 
@@ -106,7 +101,7 @@ def test_own_paths_by_themselves_see_no_further_back_than_a_sliding_window(
     expected = by_whole_passes(made, monkeypatch)
     demands, points = demands_and_points()
     whole_passes.clear()
-    assert_alike(linearise_at(made, made.sites, demands, points, batch_tokens=100), expected)
+    assert_alike(linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100), expected)
     assert not whole_passes
 
 
@@ -125,7 +120,7 @@ def test_where_own_paths_by_themselves_say_otherwise_whole_passes_are_made(
     monkeypatch.setattr(module, "At", Astray)
     demands, points = demands_and_points()
     whole_passes.clear()
-    found = linearise_at(made, made.sites, demands, points, batch_tokens=40)
+    found = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=40)
     assert_alike(found, expected)
     assert len(looks) == 1  # nor is it tried again in the batches after that
     assert len(whole_passes) > 2
@@ -140,10 +135,10 @@ def test_what_is_chosen_from_states_is_what_is_given_at_once(tmp_path: Path) -> 
         seen.append(len(state.gap))
         return points[index]
 
-    chosen = linearise(made, made.sites, demands, choose, batch_tokens=100)
+    chosen = linearise(made, made.sites, demands, choose, own_path=True, batch_tokens=100)
     assert sorted(seen) == sorted(LENGTHS)
-    assert_alike(chosen, linearise_at(made, made.sites, demands, points, batch_tokens=100))
-    nothing = linearise_at(made, made.sites, demands, [{} for _ in demands], batch_tokens=100)
+    assert_alike(chosen, linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100))
+    nothing = linearise_at(made, made.sites, demands, [{} for _ in demands], own_path=True, batch_tokens=100)
     assert nothing.sites == [] and len(nothing.gaps) == 0
 
 
@@ -151,13 +146,27 @@ def test_a_gap_moves_as_its_own_path_says_behind_the_last_attention(tmp_path: Pa
     loaded = loaded_of("llama", tmp_path)
     made = editable(loaded)
     demands, points = demands_and_points()
-    found = linearise_at(made, made.sites, demands, points, batch_tokens=100)
+    found = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100)
     last = next(n for n, site in enumerate(made.sites) if site.layer == 1 and "mlp" in site.name)
     weight = loaded.weight(made.sites[last])
     before = weight.clone()
     for index in (0, 7, 12):
         a, g = found.sites[last].activations[index], found.sites[last].gradients[index]
         weight.add_(1e-2 * torch.outer(g, a) / (g.square().sum() * a.square().sum()))
-        moved = linearise_at(made, made.sites, demands, points, batch_tokens=100).gaps[index]
+        moved = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100).gaps[index]
         weight.copy_(before)
         assert float(moved - found.gaps[index]) == pytest.approx(1e-2, rel=0.1)
+
+
+def test_the_gradient_of_the_sum_counts_later_gaps_too(tmp_path: Path) -> None:
+    loaded = loaded_of("llama", tmp_path)
+    made = editable(loaded)
+    demands, points = demands_and_points()
+    summed, own = (
+        linearise_at(made, made.sites, demands, points, own_path=which, batch_tokens=100) for which in (False, True)
+    )
+    torch.testing.assert_close(summed.gaps, own.gaps, atol=1e-4, rtol=1e-4)
+    first = next(n for n, site in enumerate(made.sites) if site.layer == 0 and "mlp" in site.name)
+    last = next(n for n, site in enumerate(made.sites) if site.layer == 1 and "mlp" in site.name)
+    torch.testing.assert_close(summed.sites[last].gradients, own.sites[last].gradients, atol=1e-4, rtol=1e-3)
+    assert float((summed.sites[first].gradients - own.sites[first].gradients).abs().max()) > 1e-2

@@ -27,6 +27,9 @@ from memscrub.models.sites import Site
 
 # (share of the edit kept, share of the step taken) per round; see `step_of`.
 KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.8, 1.0), (0.9, 1.0), (0.95, 1.0))
+# The gradient of the sum of all gaps also counts what an edit at one token does to later gaps; that makes early,
+# large steps cheaper. Late, small steps need each gap's own gradient, or a gap at an early token never closes.
+OWN_PATH_FROM = 5
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class JointEdit:
 
     def linearised(self, sites: Sequence[Site]) -> tuple[list[Linearised], list[int]]:
         """The constraints at the current weights, seen at these sites, and the demand each belongs to."""
-        found = linearise_at(self.editable, sites, self.demands, self.held, batch_tokens=self.settings.batch_tokens)
+        batch_tokens = self.settings.batch_tokens
+        found = linearise_at(self.editable, sites, self.demands, self.held, own_path=True, batch_tokens=batch_tokens)
         return found.sites, found.owners
 
     def cost(self) -> float:
@@ -166,7 +170,7 @@ class JointEdit:
     def _look(self) -> tuple[Linearisation, tuple[int, ...]]:
         """One pass over the texts: extend their break points, linearise there, and say which demands are unmet."""
         unmet = []
-        batch_tokens = self.settings.batch_tokens
+        own_path, batch_tokens = self.steps >= OWN_PATH_FROM, self.settings.batch_tokens
         noise = NOISE[self.editable.loaded.dtype]
         patient = self.steps < len(KEPT) - 1
 
@@ -185,9 +189,11 @@ class JointEdit:
             )
             return self.held[index]
 
-        found = linearise(self.editable, self.editable.sites, self.demands, choose, batch_tokens=batch_tokens)
+        found = linearise(
+            self.editable, self.editable.sites, self.demands, choose, own_path=own_path, batch_tokens=batch_tokens
+        )
         if self.guards and found.sites:
-            found += standing(self.editable, self.guards, batch_tokens=batch_tokens)
+            found += standing(self.editable, self.guards, own_path=own_path, batch_tokens=batch_tokens)
         return found, tuple(sorted(unmet))
 
     def _step(self, found: Linearisation, kept: float, share: float) -> None:

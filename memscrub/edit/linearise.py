@@ -7,7 +7,7 @@ break point itself (`breakpoints`) and solves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from memscrub.edit.breakpoints import Demand, Prices, TextState
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.editable import EditableModel
+from memscrub.edit.looks import looks, padded, whole_pass
 from memscrub.edit.modes import Mode
 from memscrub.edit.solver import Linearised
-from memscrub.measures.extraction import NOISE, Scores, score_logits
+from memscrub.measures.extraction import Scores, score_logits
 from memscrub.models.model import LoadedModel
-from memscrub.models.own_path import At, Memory, OwnPath, Remembered
 from memscrub.models.sites import Site
 from memscrub.models.tokens import batches, pad
-from memscrub.models.trace import Trace, traced
+from memscrub.models.trace import Trace
 
 # Every break costs something whatever its price: this share of the median cost keeps their number down.
 COUNT_WEIGHT = 0.3
@@ -61,12 +61,18 @@ class Linearisation:
 
 
 def linearise(
-    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], choose: Chooser, *, batch_tokens: int
+    editable: EditableModel,
+    sites: Sequence[Site],
+    demands: Sequence[Demand],
+    choose: Chooser,
+    *,
+    own_path: bool,
+    batch_tokens: int,
 ) -> Linearisation:
     """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state.
 
-    A gap's gradient is that of its own path (`own_path.OwnPath`): of the token's own place, as if what attention reads
-    of earlier places were fixed.
+    With `own_path` a gap's gradient is that of the token's own place, as if what attention reads of earlier places were
+    fixed (`own_path.OwnPath`); without, what the sum of the sequence's gaps has there.
     """
 
     def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
@@ -74,7 +80,7 @@ def linearise(
             states = _states(editable.loaded.unembed(features), ids, [demands[index] for index in batch])
         return [choose(index, state) for index, state in zip(batch, states, strict=True)]
 
-    return _linearised(editable, sites, demands, chosen, batch_tokens)
+    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
 
 
 def linearise_at(
@@ -83,10 +89,15 @@ def linearise_at(
     demands: Sequence[Demand],
     points: Sequence[Mapping[int, float]],
     *,
+    own_path: bool,
     batch_tokens: int,
 ) -> Linearisation:
     """The same at break points that are known beforehand, for which no state is looked up."""
-    return _linearised(editable, sites, demands, lambda batch, *_: [points[index] for index in batch], batch_tokens)
+
+    def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
+        return [points[index] for index in batch]
+
+    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
 
 
 def _linearised(
@@ -95,13 +106,17 @@ def _linearised(
     demands: Sequence[Demand],
     choose: Callable[[Sequence[int], Tensor, Tensor], Sequence[Mapping[int, float]]],
     batch_tokens: int,
+    *,
+    own_path: bool,
 ) -> Linearisation:
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
     gaps, margins = [], []
     owners: list[int] = []
     device = editable.loaded.device
-    for batch, ids, look in _looks(editable, sites, demands, batch_tokens):
+    for batch, ids, look in looks(
+        editable.loaded, sites, [demand.tokens for demand in demands], batch_tokens, own_path=own_path
+    ):
         chosen = choose(batch, ids, look.features)
         if not any(chosen):
             continue
@@ -140,21 +155,9 @@ def prices(
     the chosen points cost several times more disturbance (docs/lab-notes.md).
     """
     found: dict[int, Prices] = {}
-    for batch, ids, trace, features in _passes(editable, editable.sites, demands, batch_tokens):
-        logits = editable.loaded.unembed(features)
-        rivals = torch.full_like(ids[:, 1:], _NEXT_BEST, device="cpu")  # filled one by one
-        for row, index in enumerate(batch):
-            for token in range(1, len(demands[index].tokens)):
-                rivals[row, token - 1] = _rival(demands[index], token)
-        gaps = _gaps(logits[:, :-1], ids[:, 1:].to(logits.device), rivals.to(logits.device))
-        kernel = torch.zeros(logits.shape[:2], device=logits.device).flatten()
-        for number, gradient in enumerate(trace.gradients(gaps.sum())):
-            site, metric, seen = editable.sites[number], metrics[number], trace.seen[number]
-            came = slice(None) if seen.tokens is None else seen.tokens
-            a = site.inputs(seen.values).float()
-            g = site.outputs(gradient.flatten(0, 1)[came]).float()
-            kernel[came] += metric.square_inputs(a) * metric.square_outputs(g)
-        kernel = kernel.view(logits.shape[:2])[:, :-1]
+    for batch, ids in padded(editable.loaded, [demand.tokens for demand in demands], batch_tokens):
+        with whole_pass(editable.loaded, editable.sites, ids) as (trace, features):
+            gaps, kernel = _priced(editable, metrics, [demands[index] for index in batch], ids, trace, features)
         for row, index in enumerate(batch):
             length = len(demands[index].tokens) - 1
             price = 1.0 / kernel[row, :length].clamp(min=1e-30)
@@ -163,6 +166,31 @@ def prices(
     costs = [p.cost(token, margin) for p in ordered for token in range(1, len(p.gap)) if p.gap[token] > 0]
     fixed = COUNT_WEIGHT * median(costs) if costs else 0.0
     return [replace(p, fixed=fixed) for p in ordered]
+
+
+def _priced(
+    editable: EditableModel,
+    metrics: Sequence[Metric],
+    demands: Sequence[Demand],
+    ids: Tensor,
+    trace: Trace,
+    features: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gap of every token of a batch but the first, and K_tt of its constraint, `[batch, length - 1]`."""
+    logits = editable.loaded.unembed(features)
+    rivals = torch.full_like(ids[:, 1:], _NEXT_BEST, device="cpu")  # filled one by one
+    for row, demand in enumerate(demands):
+        for token in range(1, len(demand.tokens)):
+            rivals[row, token - 1] = _rival(demand, token)
+    gaps = _gaps(logits[:, :-1], ids[:, 1:].to(logits.device), rivals.to(logits.device))
+    kernel = torch.zeros(logits.shape[:2], device=logits.device).flatten()
+    for number, gradient in enumerate(trace.gradients(gaps.sum())):
+        site, metric, seen = editable.sites[number], metrics[number], trace.seen[number]
+        came = slice(None) if seen.tokens is None else seen.tokens
+        a = site.inputs(seen.values).float()
+        g = site.outputs(gradient.flatten(0, 1)[came]).float()
+        kernel[came] += metric.square_inputs(a) * metric.square_outputs(g)
+    return gaps, kernel.view(logits.shape[:2])[:, :-1]
 
 
 def states_of(loaded: LoadedModel, demands: Sequence[Demand], *, batch_tokens: int) -> list[TextState]:
@@ -178,114 +206,6 @@ def states_of(loaded: LoadedModel, demands: Sequence[Demand], *, batch_tokens: i
 
 def _joined(one: Linearised, other: Linearised) -> Linearised:
     return Linearised(torch.cat([one.activations, other.activations]), torch.cat([one.gradients, other.gradients]))
-
-
-@dataclass(frozen=True)
-class _Points:
-    """The logits `[n, vocabulary]` that predict the break points of a batch, differentiable; the trace of the pass that
-    they come from, and where in its flattened batch they stand."""
-
-    logits: Tensor
-    trace: Trace
-    places: Tensor
-
-
-@dataclass
-class _Whole:
-    """A look at a batch of texts by a pass that is differentiable at every token."""
-
-    loaded: LoadedModel
-    trace: Trace
-    features: Tensor
-
-    def at(self, chosen: Sequence[Sequence[int]]) -> _Points:
-        # Break points are a tenth of all tokens: only their logits are differentiated.
-        rows, before = _rows_and_columns(chosen, self.features.device)
-        logits = self.loaded.unembed(self.features[rows, before])
-        return _Points(logits, self.trace, rows * self.features.shape[1] + before)
-
-
-@dataclass
-class _Apart:
-    """A look by a pass without gradients. The break points' own paths are computed again, by themselves.
-
-    Where that gives other logits (`apart` is false then: a family whose places meet elsewhere than in attention), the
-    whole pass is made again.
-    """
-
-    loaded: LoadedModel
-    sites: Sequence[Site]
-    ids: Tensor
-    memory: Memory
-    features: Tensor
-    apart: bool = True
-
-    def at(self, chosen: Sequence[Sequence[int]]) -> _Points:
-        self.apart = bool(self.memory.calls)
-        if self.apart:
-            points, known = self._alone(chosen)
-            self.apart = bool((points.logits.detach() - known).abs().max() <= NOISE[self.loaded.dtype])
-            if self.apart:
-                return points
-        trace, features = _whole_pass(self.loaded, self.sites, self.ids)
-        return _Whole(self.loaded, trace, features).at(chosen)
-
-    def _alone(self, chosen: Sequence[Sequence[int]]) -> tuple[_Points, Tensor]:
-        """The break points by themselves, each row's side by side; and the logits that the whole pass had for them."""
-        rows, before = _rows_and_columns(chosen, self.ids.device)
-        columns = torch.tensor([number for points in chosen for number in range(len(points))], device=self.ids.device)
-        positions = self.ids.new_zeros(len(self.ids), max(map(len, chosen)))
-        positions[rows, columns] = before
-        with At(self.memory, positions), traced(self.loaded, self.sites) as trace:
-            features = self.loaded.features(self.ids.gather(1, positions), positions=positions)[0]
-            logits = self.loaded.unembed(features[rows, columns])
-        with torch.no_grad():
-            known = self.loaded.unembed(self.features[rows, before])
-        return _Points(logits, trace, rows * positions.shape[1] + columns), known
-
-
-def _rows_and_columns(chosen: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of the break points, and the position that predicts each."""
-    rows = [row for row, points in enumerate(chosen) for _ in points]
-    before = [token - 1 for points in chosen for token in points]
-    return torch.tensor(rows, device=device), torch.tensor(before, device=device)
-
-
-def _looks(
-    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], batch_tokens: int
-) -> Iterator[tuple[list[int], Tensor, _Whole | _Apart]]:
-    """Batches of indices and ids, each with a look at them. With lean weights every pass is a whole one, and so they
-    are from the first batch on whose own paths cannot be computed apart."""
-    loaded = editable.loaded
-    apart = loaded.lean is None
-    for batch, ids in _batches(loaded, demands, batch_tokens):
-        if not apart:
-            yield batch, ids, _Whole(loaded, *_whole_pass(loaded, sites, ids))
-            continue
-        memory = Memory()
-        with torch.no_grad(), Remembered(memory):
-            look = _Apart(loaded, sites, ids, memory, loaded.features(ids)[0])
-        yield batch, ids, look
-        apart = look.apart
-
-
-def _passes(
-    editable: EditableModel, sites: Sequence[Site], demands: Sequence[Demand], batch_tokens: int
-) -> Iterator[tuple[list[int], Tensor, Trace, Tensor]]:
-    """Forward passes over the demands' sequences, traced: batch of indices, ids, trace and features of every token."""
-    for batch, ids in _batches(editable.loaded, demands, batch_tokens):
-        yield batch, ids, *_whole_pass(editable.loaded, sites, ids)
-
-
-def _whole_pass(loaded: LoadedModel, sites: Sequence[Site], ids: Tensor) -> tuple[Trace, Tensor]:
-    with OwnPath(), traced(loaded, sites) as trace:
-        return trace, loaded.features(ids)[0]
-
-
-def _batches(loaded: LoadedModel, demands: Sequence[Demand], batch_tokens: int) -> Iterator[tuple[list[int], Tensor]]:
-    _ = loaded.projects  # `features` asks for it, and finds it out by a pass that is not to be traced
-    for batch in batches([len(demand.tokens) for demand in demands], loaded.batch_tokens(batch_tokens, gradients=True)):
-        yield batch, pad([demands[index].tokens for index in batch]).to(loaded.device)
 
 
 def _states(logits: Tensor, ids: Tensor, demands: Sequence[Demand]) -> list[TextState]:
