@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from memscrub.edit.editable import EditableModel
 from memscrub.edit.linearise import Linearisation, linearise, linearise_at
 from memscrub.models.architecture import FAMILIES
 from memscrub.models.model import LoadedModel
-from memscrub.models.own_path import At, Memory
+from memscrub.models.own_path import At, Remembered
 from memscrub.models.site_finding import sites_of
 from tests.families import VARIANTS, config_of
 from tests.models import memorizing_checkpoint, opened, random_text
@@ -49,11 +48,16 @@ def editable(loaded: LoadedModel) -> EditableModel:
     return EditableModel(loaded, sites, {site.name: torch.float32 for site in sites})
 
 
+def passed_on(self: Remembered, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Remembers nothing."""
+    return func(*args, **(kwargs or {}))
+
+
 def by_whole_passes(made: EditableModel, monkeypatch: pytest.MonkeyPatch) -> Linearisation:
     """The same by passes with gradients at every token."""
     demands, points = demands_and_points()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Remembered", lambda memory: contextlib.nullcontext())
+        patch.setattr(Remembered, "__torch_function__", passed_on)
         return linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100)
 
 
@@ -113,9 +117,9 @@ def test_where_own_paths_by_themselves_say_otherwise_whole_passes_are_made(
     looks: list[int] = []
 
     class Astray(At):
-        def __init__(self, memory: Memory, positions: Tensor) -> None:
+        def __init__(self, remembered: Remembered, positions: Tensor) -> None:
             looks.append(1)
-            super().__init__(memory, positions + 1)
+            super().__init__(remembered, positions + 1)
 
     monkeypatch.setattr(module, "At", Astray)
     demands, points = demands_and_points()

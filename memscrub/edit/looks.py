@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memscrub.measures.extraction import NOISE
 from memscrub.models.model import LoadedModel
-from memscrub.models.own_path import At, Memory, OwnPath, Remembered
+from memscrub.models.own_path import At, OwnPath, Remembered
 from memscrub.models.sites import Site
 from memscrub.models.tokens import batches, pad
 from memscrub.models.trace import Trace, traced
@@ -58,13 +58,13 @@ class Apart:
     loaded: LoadedModel
     sites: Sequence[Site]
     ids: Tensor
-    memory: Memory
+    remembered: Remembered
     features: Tensor
     apart: bool = True
 
     def at(self, chosen: Sequence[Sequence[int]]) -> Points:
         """What predicts these tokens of each row."""
-        self.apart = bool(self.memory.calls)
+        self.apart = bool(self.remembered.calls)
         if self.apart:
             points, known = self._alone(chosen)
             self.apart = bool((points.logits.detach() - known).abs().max() <= NOISE[self.loaded.dtype])
@@ -79,7 +79,7 @@ class Apart:
         columns = torch.tensor([number for points in chosen for number in range(len(points))], device=self.ids.device)
         positions = self.ids.new_zeros(len(self.ids), max(map(len, chosen)))
         positions[rows, columns] = before
-        with At(self.memory, positions), traced(self.loaded, self.sites) as trace:
+        with At(self.remembered, positions), traced(self.loaded, self.sites) as trace:
             features = self.loaded.features(self.ids.gather(1, positions), positions=positions)[0]
             logits = self.loaded.unembed(features[rows, columns])
         with torch.no_grad():
@@ -107,9 +107,9 @@ def looks(
             with whole_pass(loaded, sites, ids, own_path=own_path) as (trace, features):
                 yield batch, ids, Whole(loaded, trace, features)
             continue
-        memory = Memory()
-        with torch.no_grad(), Remembered(memory):
-            look = Apart(loaded, sites, ids, memory, loaded.features(ids)[0])
+        with torch.no_grad(), Remembered() as remembered:
+            features = loaded.features(ids)[0]
+        look = Apart(loaded, sites, ids, remembered, features)
         yield batch, ids, look
         apart = look.apart
 

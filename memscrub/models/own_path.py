@@ -8,7 +8,7 @@ gradients. Knows no texts and no edits; families without scaled-dot-product atte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,19 +49,12 @@ class _Call:
     more: dict[str, Any]
 
 
-@dataclass
-class Memory:
-    """The attentions of one pass over whole texts, in order."""
-
-    calls: list[_Call] = field(default_factory=list, repr=False)
-
-
 class Remembered(TorchFunctionMode):
-    """Inside this context every attention leaves its keys, values and mask in `memory`."""
+    """Inside this context every attention leaves its keys, values and mask in `calls`, in order."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.memory = memory
+        self.calls: list[_Call] = []
 
     def __torch_function__(
         self,
@@ -72,19 +65,19 @@ class Remembered(TorchFunctionMode):
     ) -> Any:
         named = dict(kwargs or {})
         if func is _ATTENTION and len(args) == 3:
-            given = {**named}
-            mask, causal = given.pop("attn_mask", None), bool(given.pop("is_causal", False))
-            self.memory.calls.append(_Call(args[1], args[2], mask, causal, given))
+            more = {**named}
+            mask, causal = more.pop("attn_mask", None), bool(more.pop("is_causal", False))
+            self.calls.append(_Call(args[1], args[2], mask, causal, more))
         return func(*args, **named)
 
 
 class At(TorchFunctionMode):
-    """Inside this context the model is given only the tokens at `positions` `[batch, n]` of the texts in `memory`, and
-    their queries meet the keys and values of the whole texts. Good for one pass."""
+    """Inside this context the model is given only the tokens at `positions` `[batch, n]` of texts that were
+    remembered, and their queries meet the keys and values of the whole texts. Good for one pass."""
 
-    def __init__(self, memory: Memory, positions: Tensor) -> None:
+    def __init__(self, remembered: Remembered, positions: Tensor) -> None:
         super().__init__()
-        self.calls = iter(memory.calls)
+        self.calls = iter(remembered.calls)
         self.positions = positions
         self.masks: dict[int | None, Tensor | None] = {}
 
