@@ -1,7 +1,7 @@
 """The gaps of protected tokens as linear functions of an edit: values, gradients and prices at the live weights.
 
 One pass over the demands' sequences gives, at each break point, the gap between the token that must go and the
-one that takes its place, and the gap's gradient at every site. Knows the model through `trace` only; chooses no
+one that takes its place, and the gap's gradient at every site. Knows the model through `looks` only; chooses no
 break point itself (`breakpoints`) and solves nothing.
 """
 

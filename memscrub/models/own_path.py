@@ -18,13 +18,8 @@ from torch.overrides import TorchFunctionMode
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
-class OwnPath(TorchFunctionMode):
-    """Inside this context gradients do not flow to earlier positions through attention's keys and values.
-
-    The gradient of a sum over all positions then holds, at each position, that position's own share: one
-    backward pass where exact shares would need one per position. Families without scaled-dot-product attention
-    in transformers get the unseparated sum.
-    """
+class _Attending(TorchFunctionMode):
+    """Inside this context every attention of the model is left to `attend`."""
 
     def __torch_function__(
         self,
@@ -34,8 +29,23 @@ class OwnPath(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is _ATTENTION and len(args) >= 3:
-            args = (args[0], args[1].detach(), args[2].detach(), *args[3:])
+            return self.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class OwnPath(_Attending):
+    """Inside this context gradients do not flow to earlier positions through attention's keys and values.
+
+    The gradient of a sum over all positions then holds, at each position, that position's own share: one
+    backward pass where exact shares would need one per position. Families without scaled-dot-product attention
+    in transformers get the unseparated sum.
+    """
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Tensor:
+        return _ATTENTION(queries, keys.detach(), values.detach(), *rest, **more)
 
 
 @dataclass
@@ -49,29 +59,21 @@ class _Call:
     more: dict[str, Any]
 
 
-class Remembered(TorchFunctionMode):
+class Remembered(_Attending):
     """Inside this context every attention leaves its keys, values and mask in `calls`, in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func is _ATTENTION and len(args) == 3:
-            more = {**named}
-            mask, causal = more.pop("attn_mask", None), bool(more.pop("is_causal", False))
-            self.calls.append(_Call(args[1], args[2], mask, causal, more))
-        return func(*args, **named)
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Tensor:
+        named = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)), **more}
+        mask, causal = named.pop("attn_mask", None), bool(named.pop("is_causal", False))
+        self.calls.append(_Call(keys, values, mask, causal, named))
+        return _ATTENTION(queries, keys, values, *rest, **more)
 
 
-class At(TorchFunctionMode):
+class At(_Attending):
     """Inside this context the model is given only the tokens at `positions` `[batch, n]` of texts that were
     remembered, and their queries meet the keys and values of the whole texts. Good for one pass."""
 
@@ -81,16 +83,11 @@ class At(TorchFunctionMode):
         self.positions = positions
         self.masks: dict[int | None, Tensor | None] = {}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is _ATTENTION and (call := next(self.calls, None)) is not None:
-            return func(args[0], call.keys, call.values, attn_mask=self._mask(call), **call.more)
-        return func(*args, **(kwargs or {}))
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Tensor:
+        call = next(self.calls, None)
+        if call is None:  # more attentions than in the pass over whole texts
+            return _ATTENTION(queries, keys, values, *rest, **more)
+        return _ATTENTION(queries, call.keys, call.values, attn_mask=self._mask(call), **call.more)
 
     def _mask(self, call: _Call) -> Tensor | None:
         """The rows of the mask that belong to the positions, `[batch, 1 or heads, n, length]`; alike in many blocks."""
