@@ -177,7 +177,7 @@ def test_a_guards_constraint_is_its_gap_at_least_its_floor(path: Path) -> None:
     loaded = opened(path)
     made, _ = pushed(loaded, 0.05)
     guards = find_guards(made, ORDINARY)[:7]
-    found = standing(made, guards, own_path=True, batch_tokens=64)
+    found = standing(made, guards, batch_tokens=64)
     assert sorted(found.owners) == list(range(7))
     assert bool((found.yields == YIELD).all())
     for index, owner in enumerate(found.owners):

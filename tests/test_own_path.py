@@ -58,7 +58,7 @@ def by_whole_passes(made: EditableModel, monkeypatch: pytest.MonkeyPatch) -> Lin
     demands, points = demands_and_points()
     with monkeypatch.context() as patch:
         patch.setattr(Remembered, "attend", passed_on)
-        return linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100)
+        return linearise_at(made, made.sites, demands, points, batch_tokens=100)
 
 
 def assert_alike(one: Linearisation, other: Linearisation) -> None:
@@ -93,7 +93,7 @@ def test_own_paths_by_themselves_are_those_of_the_whole_pass(
     expected = by_whole_passes(made, monkeypatch)
     whole_passes.clear()
     demands, points = demands_and_points()
-    assert_alike(linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100), expected)
+    assert_alike(linearise_at(made, made.sites, demands, points, batch_tokens=100), expected)
     assert bool(whole_passes) == (case in TOGETHER)
 
 
@@ -105,7 +105,7 @@ def test_own_paths_by_themselves_see_no_further_back_than_a_sliding_window(
     expected = by_whole_passes(made, monkeypatch)
     demands, points = demands_and_points()
     whole_passes.clear()
-    assert_alike(linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100), expected)
+    assert_alike(linearise_at(made, made.sites, demands, points, batch_tokens=100), expected)
     assert not whole_passes
 
 
@@ -124,7 +124,7 @@ def test_where_own_paths_by_themselves_say_otherwise_whole_passes_are_made(
     monkeypatch.setattr(module, "At", Astray)
     demands, points = demands_and_points()
     whole_passes.clear()
-    found = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=40)
+    found = linearise_at(made, made.sites, demands, points, batch_tokens=40)
     assert_alike(found, expected)
     assert len(looks) == 1  # nor is it tried again in the batches after that
     assert len(whole_passes) > 2
@@ -139,10 +139,10 @@ def test_what_is_chosen_from_states_is_what_is_given_at_once(tmp_path: Path) -> 
         seen.append(len(state.gap))
         return points[index]
 
-    chosen = linearise(made, made.sites, demands, choose, own_path=True, batch_tokens=100)
+    chosen = linearise(made, made.sites, demands, choose, batch_tokens=100)
     assert sorted(seen) == sorted(LENGTHS)
-    assert_alike(chosen, linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100))
-    nothing = linearise_at(made, made.sites, demands, [{} for _ in demands], own_path=True, batch_tokens=100)
+    assert_alike(chosen, linearise_at(made, made.sites, demands, points, batch_tokens=100))
+    nothing = linearise_at(made, made.sites, demands, [{} for _ in demands], batch_tokens=100)
     assert nothing.sites == [] and len(nothing.gaps) == 0
 
 
@@ -150,27 +150,13 @@ def test_a_gap_moves_as_its_own_path_says_behind_the_last_attention(tmp_path: Pa
     loaded = loaded_of("llama", tmp_path)
     made = editable(loaded)
     demands, points = demands_and_points()
-    found = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100)
+    found = linearise_at(made, made.sites, demands, points, batch_tokens=100)
     last = next(n for n, site in enumerate(made.sites) if site.layer == 1 and "mlp" in site.name)
     weight = loaded.weight(made.sites[last])
     before = weight.clone()
     for index in (0, 7, 12):
         a, g = found.sites[last].activations[index], found.sites[last].gradients[index]
         weight.add_(1e-2 * torch.outer(g, a) / (g.square().sum() * a.square().sum()))
-        moved = linearise_at(made, made.sites, demands, points, own_path=True, batch_tokens=100).gaps[index]
+        moved = linearise_at(made, made.sites, demands, points, batch_tokens=100).gaps[index]
         weight.copy_(before)
         assert float(moved - found.gaps[index]) == pytest.approx(1e-2, rel=0.1)
-
-
-def test_the_gradient_of_the_sum_counts_later_gaps_too(tmp_path: Path) -> None:
-    loaded = loaded_of("llama", tmp_path)
-    made = editable(loaded)
-    demands, points = demands_and_points()
-    summed, own = (
-        linearise_at(made, made.sites, demands, points, own_path=which, batch_tokens=100) for which in (False, True)
-    )
-    torch.testing.assert_close(summed.gaps, own.gaps, atol=1e-4, rtol=1e-4)
-    first = next(n for n, site in enumerate(made.sites) if site.layer == 0 and "mlp" in site.name)
-    last = next(n for n, site in enumerate(made.sites) if site.layer == 1 and "mlp" in site.name)
-    torch.testing.assert_close(summed.sites[last].gradients, own.sites[last].gradients, atol=1e-4, rtol=1e-3)
-    assert float((summed.sites[first].gradients - own.sites[first].gradients).abs().max()) > 1e-2

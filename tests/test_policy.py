@@ -77,7 +77,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "attention",
         "mlp+attention+queries",
     )
-    assert (fix.margin, fix.rounds, fix.layers) == (0.3, 20, "all")
+    assert (fix.margin, fix.rounds, fix.layers) == (0.3, 20, "auto")
     assert (policy.report.key, policy.sign.key) == (None, None)
     assert (policy.classes["a"].top_k, policy.classes["a"].temperature) == (40, 1.0)
 
@@ -100,9 +100,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_tolerated() -> None:
     assert parse_policy(data).name == "release-gate"
 
 
-def test_layers_are_all_or_sorted_numbers() -> None:
+def test_layers_are_a_word_or_sorted_numbers() -> None:
     policy = parse_policy(GOOD.replace("[fix]", "[fix]\nlayers = [3, 1]").encode())
-    assert policy.fix.layers == (1, 3)
+    assert policy.fix.layers == policy.fix.named_layers == (1, 3)
+    for word in ("auto", "all"):
+        policy = parse_policy(GOOD.replace("[fix]", f'[fix]\nlayers = "{word}"').encode())
+        assert policy.fix.layers == word and policy.fix.named_layers is None
 
 
 BAD = {
@@ -178,8 +181,8 @@ BAD = {
     ),
     "layers of the wrong kind": (
         ("[fix]", "[fix]\nlayers = [true]"),
-        'policy.toml:16: layers in [fix] must be "all" or a list of layer numbers from 0;'
-        " write for example layers = [2, 3, 4].",
+        'policy.toml:16: layers in [fix] must be "auto", "all" or a list of layer numbers from 0;'
+        " for example layers = [2, 3, 4].",
     ),
     "sampling limit without its window": (
         ("max_verbatim_tokens = 16\n", ""),

@@ -92,8 +92,7 @@ def at_once(rule: Ruler, progress: Progress = silent) -> Row:
     fix = inputs.policy.fix
 
     def edit() -> str | None:
-        layers = None if fix.layers == "all" else fix.layers
-        sites = sites_of(inputs.loaded, kinds=("mlp",), layers=layers)
+        sites = sites_of(inputs.loaded, kinds=("mlp",), layers=fix.named_layers)
         editable = EditableModel(inputs.loaded, sites, stored_dtypes(inputs, sites))
         demands = [
             demand_of(text, inputs.policy.classes[text.class_name], inputs.policy.probe) for text in inputs.texts

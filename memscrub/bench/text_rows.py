@@ -70,8 +70,7 @@ def bed(rule: Ruler, sample: int) -> Bed | None:
     if not texts:
         return None
     drawn = sorted(random.Random(inputs.seed).sample(range(len(texts)), min(sample, len(texts))))
-    layers = None if fix.layers == "all" else fix.layers
-    sites = sites_of(inputs.loaded, kinds=("mlp",), layers=layers)
+    sites = sites_of(inputs.loaded, kinds=("mlp",), layers=fix.named_layers)
     editable = EditableModel(inputs.loaded, sites, stored_dtypes(inputs, sites))
     locator = Locator(inputs.loaded, sites, fix.rank)
     chosen = tuple(texts[index] for index in drawn)
@@ -126,8 +125,7 @@ def attention(
     if not missed:
         rows = tuple(TextRow(name, 0) for name in (ABLATION, CLOSED_FORM))
         return rows, _by_copying(here, broken, {}, {})
-    layers = None if fix.layers == "all" else fix.layers
-    sites = sites_of(inputs.loaded, kinds=("attention",), layers=layers)
+    sites = sites_of(inputs.loaded, kinds=("attention",), layers=fix.named_layers)
     editable = EditableModel(inputs.loaded, sites, stored_dtypes(inputs, sites))
     heads = HeadEdit(editable, metrics(here.rule, editable, progress), fix.margin)
     found, rows = [], ()

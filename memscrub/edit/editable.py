@@ -16,6 +16,7 @@ from torch import Tensor
 from memscrub.edit.disturbance import Metric
 from memscrub.edit.low_rank import LowRank
 from memscrub.errors import NumericalError
+from memscrub.models.below import Below
 from memscrub.models.model import LoadedModel
 from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.sites import Site, as_columns
@@ -40,6 +41,7 @@ class EditableModel:
     deltas: list[Tensor] = field(default_factory=list, repr=False)
     factors: list[LowRank] = field(default_factory=list, repr=False)
     disk: OriginalsOnDisk | None = field(default=None, repr=False)
+    below: Below = field(init=False, repr=False)  # what texts come to before the lowest site
 
     def __post_init__(self) -> None:
         first, self.sites, stored, self.stored = self.sites, (), self.stored, {}
@@ -56,6 +58,7 @@ class EditableModel:
             self.factors += [LowRank.zero(*_part_shape(self.loaded, site), self.loaded.device) for site in sites]
         self.sites = (*self.sites, *sites)
         self.stored = {**self.stored, **stored}
+        self.below = Below(self.loaded, min((site.layer for site in self.sites), default=0))
 
     def apply(self, deltas: Sequence[Delta]) -> None:
         """Make the live weights the originals plus these deltas `[d, f]`, rounded as they will be stored.

@@ -59,13 +59,11 @@ def find_guards(
     return _guards(editable, heaviest, batch_tokens)
 
 
-def standing(
-    editable: EditableModel, guards: Sequence[Guard], *, own_path: bool, batch_tokens: int = 2048
-) -> Linearisation:
+def standing(editable: EditableModel, guards: Sequence[Guard], *, batch_tokens: int = 2048) -> Linearisation:
     """The guards as constraints at the live weights: each gap must be at least its floor."""
     sequences = [Demand(guard.tokens, 1) for guard in guards]
     points = [{len(guard.tokens) - 1: guard.floor} for guard in guards]
-    found = linearise_at(editable, editable.sites, sequences, points, own_path=own_path, batch_tokens=batch_tokens)
+    found = linearise_at(editable, editable.sites, sequences, points, batch_tokens=batch_tokens)
     return found.reversed(YIELD)
 
 
@@ -78,10 +76,11 @@ def _disturbed(
     done = 0
     for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
         ids = rows[batch].to(loaded.device)
+        texts = [tuple(row) for row in ids.tolist()]
         with torch.inference_mode():
             with weights_swapped(loaded, editable.originals):
-                before = loaded.logits(ids).log_softmax(-1)
-            after = loaded.logits(ids).log_softmax(-1)
+                before = loaded.unembed(editable.below.features(ids, texts)).log_softmax(-1)
+            after = loaded.unembed(editable.below.features(ids, texts)).log_softmax(-1)
             kl = (before.exp() * (before - after)).sum(-1)
         for row, place in (kl >= HEAVY).nonzero().tolist():
             context = ids[row, max(0, place + 1 - CONTEXT) : place + 1].tolist()

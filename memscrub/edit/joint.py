@@ -26,10 +26,7 @@ from memscrub.measures.extraction import NOISE
 from memscrub.models.sites import Site
 
 # (share of the edit kept, share of the step taken) per round; see `step_of`.
-KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.8, 1.0), (0.9, 1.0), (0.95, 1.0))
-# The gradient of the sum of all gaps also counts what an edit at one token does to later gaps; that makes early,
-# large steps cheaper. Late, small steps need each gap's own gradient, or a gap at an early token never closes.
-OWN_PATH_FROM = 5
+KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.75, 1.0), (0.9, 1.0), (0.95, 1.0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class JointEdit:
     def linearised(self, sites: Sequence[Site]) -> tuple[list[Linearised], list[int]]:
         """The constraints at the current weights, seen at these sites, and the demand each belongs to."""
         batch_tokens = self.settings.batch_tokens
-        found = linearise_at(self.editable, sites, self.demands, self.held, own_path=True, batch_tokens=batch_tokens)
+        found = linearise_at(self.editable, sites, self.demands, self.held, batch_tokens=batch_tokens)
         return found.sites, found.owners
 
     def cost(self) -> float:
@@ -110,13 +107,14 @@ class JointEdit:
         return sum(self.editable.price(index, metric) for index, metric in enumerate(self.metrics))
 
     def rehearse(self, rounds: int) -> None:
-        """Take so many rounds without keeping the best state.
+        """Take so many rounds without keeping the best state. Only the very first chooses break points: rounds that
+        find out what sites cost need no others.
 
         Raises NumericalError, with the weights as they were at first, when a solve breaks down.
         """
         with self.editable.restored_on_error():
             for _ in range(rounds):
-                found, _unmet = self._look()
+                found = self._held_linearised() if self.steps else self._look()[0]
                 if not any(self.held):
                     return
                 self._step(found, *step_of(self.steps))
@@ -170,7 +168,6 @@ class JointEdit:
     def _look(self) -> tuple[Linearisation, tuple[int, ...]]:
         """One pass over the texts: extend their break points, linearise there, and say which demands are unmet."""
         unmet = []
-        own_path, batch_tokens = self.steps >= OWN_PATH_FROM, self.settings.batch_tokens
         noise = NOISE[self.editable.loaded.dtype]
         patient = self.steps < len(KEPT) - 1
 
@@ -189,12 +186,21 @@ class JointEdit:
             )
             return self.held[index]
 
-        found = linearise(
-            self.editable, self.editable.sites, self.demands, choose, own_path=own_path, batch_tokens=batch_tokens
+        batch_tokens = self.settings.batch_tokens
+        found = linearise(self.editable, self.editable.sites, self.demands, choose, batch_tokens=batch_tokens)
+        return self._with_guards(found), tuple(sorted(unmet))
+
+    def _held_linearised(self) -> Linearisation:
+        """The constraints of the break points that are held, and of the guards."""
+        editable, batch_tokens = self.editable, self.settings.batch_tokens
+        return self._with_guards(
+            linearise_at(editable, editable.sites, self.demands, self.held, batch_tokens=batch_tokens)
         )
-        if self.guards and found.sites:
-            found += standing(self.editable, self.guards, own_path=own_path, batch_tokens=batch_tokens)
-        return found, tuple(sorted(unmet))
+
+    def _with_guards(self, found: Linearisation) -> Linearisation:
+        if not self.guards or not found.sites:
+            return found
+        return found + standing(self.editable, self.guards, batch_tokens=self.settings.batch_tokens)
 
     def _step(self, found: Linearisation, kept: float, share: float) -> None:
         """Solve for the edit but `kept` of it, at the current linearisation, and go a `share` of the way there."""

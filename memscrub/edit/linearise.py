@@ -66,13 +66,12 @@ def linearise(
     demands: Sequence[Demand],
     choose: Chooser,
     *,
-    own_path: bool,
     batch_tokens: int,
 ) -> Linearisation:
     """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state.
 
-    With `own_path` a gap's gradient is that of the token's own place, as if what attention reads of earlier places were
-    fixed (`own_path.OwnPath`); without, what the sum of the sequence's gaps has there.
+    A gap's gradient is that of the token's own place, as if what attention reads of earlier places were fixed
+    (`own_path.OwnPath`).
     """
 
     def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
@@ -80,7 +79,7 @@ def linearise(
             states = _states(editable.loaded.unembed(features), ids, [demands[index] for index in batch])
         return [choose(index, state) for index, state in zip(batch, states, strict=True)]
 
-    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
+    return _linearised(editable, sites, demands, chosen, batch_tokens)
 
 
 def linearise_at(
@@ -89,7 +88,6 @@ def linearise_at(
     demands: Sequence[Demand],
     points: Sequence[Mapping[int, float]],
     *,
-    own_path: bool,
     batch_tokens: int,
 ) -> Linearisation:
     """The same at break points that are known beforehand, for which no state is looked up."""
@@ -97,7 +95,7 @@ def linearise_at(
     def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
         return [points[index] for index in batch]
 
-    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
+    return _linearised(editable, sites, demands, chosen, batch_tokens)
 
 
 def _linearised(
@@ -106,21 +104,18 @@ def _linearised(
     demands: Sequence[Demand],
     choose: Callable[[Sequence[int], Tensor, Tensor], Sequence[Mapping[int, float]]],
     batch_tokens: int,
-    *,
-    own_path: bool,
 ) -> Linearisation:
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
     gaps, margins = [], []
     owners: list[int] = []
     device = editable.loaded.device
-    for batch, ids, look in looks(
-        editable.loaded, sites, [demand.tokens for demand in demands], batch_tokens, own_path=own_path
-    ):
-        chosen = choose(batch, ids, look.features)
+    texts = [demand.tokens for demand in demands]
+    for batch, look in looks(editable.below, sites, texts, batch_tokens):
+        chosen = choose(batch.indices, batch.ids, look.features)
         if not any(chosen):
             continue
-        pairs = [(index, token) for index, points in zip(batch, chosen, strict=True) for token in points]
+        pairs = [(index, token) for index, points in zip(batch.indices, chosen, strict=True) for token in points]
         found = look.at([list(points) for points in chosen])
         targets = torch.tensor([demands[index].tokens[token] for index, token in pairs], device=device)
         rivals = torch.tensor([_rival(demands[index], token) for index, token in pairs], device=device)
@@ -155,10 +150,11 @@ def prices(
     the chosen points cost several times more disturbance (docs/lab-notes.md).
     """
     found: dict[int, Prices] = {}
-    for batch, ids in padded(editable.loaded, [demand.tokens for demand in demands], batch_tokens):
-        with whole_pass(editable.loaded, editable.sites, ids) as (trace, features):
-            gaps, kernel = _priced(editable, metrics, [demands[index] for index in batch], ids, trace, features)
-        for row, index in enumerate(batch):
+    for batch in padded(editable.below, [demand.tokens for demand in demands], batch_tokens):
+        with whole_pass(editable.below, editable.sites, batch) as (trace, features):
+            few = [demands[index] for index in batch.indices]
+            gaps, kernel = _priced(editable, metrics, few, batch.ids, trace, features)
+        for row, index in enumerate(batch.indices):
             length = len(demands[index].tokens) - 1
             price = 1.0 / kernel[row, :length].clamp(min=1e-30)
             found[index] = Prices([0.0, *gaps[row, :length].tolist()], [0.0, *price.tolist()])

@@ -1,24 +1,35 @@
 """Looks at texts: passes over batches of them, and what is differentiable at a few of their tokens.
 
-A look with gradients of own paths passes over the texts without gradients and again over the few tokens alone
-(`own_path`); any other is a whole pass with gradients. Knows neither what must go nor what an edit is.
+Gradients are those of own paths (`own_path`): the texts pass without gradients and then the few tokens alone with them,
+or, where that cannot be done, the texts with gradients at every token. What passes have below all sites is computed
+once (`below`). Knows neither what must go nor what an edit is.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from memscrub.measures.extraction import NOISE
+from memscrub.models.below import Below, Text
 from memscrub.models.model import LoadedModel
 from memscrub.models.own_path import At, OwnPath, Remembered
 from memscrub.models.sites import Site
 from memscrub.models.tokens import batches, pad
 from memscrub.models.trace import Trace, traced
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that pass together: which they are, and their ids `[batch, length]`, padded, on the device."""
+
+    indices: list[int]
+    texts: list[Text] = field(repr=False)
+    ids: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,14 +63,15 @@ class Apart:
     """A look by a pass without gradients. The break points' own paths are computed again, by themselves.
 
     Where that gives other logits (`apart` is false then: a family whose places meet elsewhere than in attention), the
-    whole pass is made again.
+    whole pass is made again. `begun`: the pass began above the blocks below all sites, and so must the second.
     """
 
-    loaded: LoadedModel
+    below: Below
     sites: Sequence[Site]
-    ids: Tensor
+    batch: Batch
     remembered: Remembered
     features: Tensor
+    begun: bool
     apart: bool = True
 
     def at(self, chosen: Sequence[Sequence[int]]) -> Points:
@@ -67,23 +79,28 @@ class Apart:
         self.apart = bool(self.remembered.calls)
         if self.apart:
             points, known = self._alone(chosen)
-            self.apart = bool((points.logits.detach() - known).abs().max() <= NOISE[self.loaded.dtype])
+            self.apart = bool((points.logits.detach() - known).abs().max() <= NOISE[self.below.loaded.dtype])
             if self.apart:
                 return points
-        with whole_pass(self.loaded, self.sites, self.ids) as (trace, features):
-            return Whole(self.loaded, trace, features).at(chosen)
+        with whole_pass(self.below, self.sites, self.batch) as (trace, features):
+            return Whole(self.below.loaded, trace, features).at(chosen)
 
     def _alone(self, chosen: Sequence[Sequence[int]]) -> tuple[Points, Tensor]:
         """The break points by themselves, each row's side by side; and the logits that the whole pass had for them."""
-        rows, before = _rows_and_columns(chosen, self.ids.device)
-        columns = torch.tensor([number for points in chosen for number in range(len(points))], device=self.ids.device)
-        positions = self.ids.new_zeros(len(self.ids), max(map(len, chosen)))
+        loaded, ids = self.below.loaded, self.batch.ids
+        rows, before = _rows_and_columns(chosen, ids.device)
+        columns = torch.tensor([number for points in chosen for number in range(len(points))], device=ids.device)
+        positions = ids.new_zeros(len(ids), max(map(len, chosen)))
         positions[rows, columns] = before
-        with At(self.remembered, positions), traced(self.loaded, self.sites) as trace:
-            features = self.loaded.features(self.ids.gather(1, positions), positions=positions)[0]
-            logits = self.loaded.unembed(features[rows, columns])
+        few = ids.gather(1, positions)
+        with At(self.remembered, positions), traced(loaded, self.sites) as trace:
+            if self.begun:
+                features = self.below.features_at(few, self.batch.texts, positions)
+            else:
+                features = loaded.features(few, positions=positions)[0]
+            logits = loaded.unembed(features[rows, columns])
         with torch.no_grad():
-            known = self.loaded.unembed(self.features[rows, before])
+            known = loaded.unembed(self.features[rows, before])
         return Points(logits, trace, rows * positions.shape[1] + columns), known
 
 
@@ -95,38 +112,40 @@ def _rows_and_columns(chosen: Sequence[Sequence[int]], device: torch.device) -> 
 
 
 def looks(
-    loaded: LoadedModel, sites: Sequence[Site], texts: Sequence[Sequence[int]], batch_tokens: int, *, own_path: bool
-) -> Iterator[tuple[list[int], Tensor, Whole | Apart]]:
-    """Batches of the texts' indices and ids, each with a look at them, good until the next.
+    below: Below, sites: Sequence[Site], texts: Sequence[Text], batch_tokens: int
+) -> Iterator[tuple[Batch, Whole | Apart]]:
+    """Batches of the texts, each with a look at them, good until the next.
 
-    Own paths are computed apart, but for lean weights and from the first batch on where that cannot be done.
+    Own paths are computed apart, but for lean weights, and from the first batch on where that cannot be done.
     """
-    apart = own_path and loaded.lean is None
-    for batch, ids in padded(loaded, texts, batch_tokens):
+    loaded = below.loaded
+    if min((site.layer for site in sites), default=0) < below.first:
+        below = Below(loaded, 0)
+    apart = loaded.lean is None
+    for batch in padded(below, texts, batch_tokens):
         if not apart:
-            with whole_pass(loaded, sites, ids, own_path=own_path) as (trace, features):
-                yield batch, ids, Whole(loaded, trace, features)
+            with whole_pass(below, sites, batch) as (trace, features):
+                yield batch, Whole(loaded, trace, features)
             continue
+        begun = below.knows(batch.texts)
         with torch.no_grad(), Remembered() as remembered:
-            features = loaded.features(ids)[0]
-        look = Apart(loaded, sites, ids, remembered, features)
-        yield batch, ids, look
+            features = below.features(batch.ids, batch.texts)
+        look = Apart(below, sites, batch, remembered, features, begun)
+        yield batch, look
         apart = look.apart
 
 
 @contextlib.contextmanager
-def whole_pass(
-    loaded: LoadedModel, sites: Sequence[Site], ids: Tensor, *, own_path: bool = True
-) -> Iterator[tuple[Trace, Tensor]]:
+def whole_pass(below: Below, sites: Sequence[Site], batch: Batch) -> Iterator[tuple[Trace, Tensor]]:
     """A pass that can be differentiated inside the context, where lean weights are read again for it."""
-    with OwnPath() if own_path else contextlib.nullcontext(), traced(loaded, sites) as trace:
-        yield trace, loaded.features(ids)[0]
+    with OwnPath(), traced(below.loaded, sites) as trace:
+        yield trace, below.features(batch.ids, batch.texts)
 
 
-def padded(
-    loaded: LoadedModel, texts: Sequence[Sequence[int]], batch_tokens: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of the texts' indices with their ids `[batch, length]`, padded, on the device."""
-    _ = loaded.projects  # `features` asks for it, and finds it out by a pass that is not to be traced
-    for batch in batches([len(text) for text in texts], loaded.batch_tokens(batch_tokens, gradients=True)):
-        yield batch, pad([texts[index] for index in batch]).to(loaded.device)
+def padded(below: Below, texts: Sequence[Text], batch_tokens: int) -> Iterator[Batch]:
+    """The texts in batches."""
+    loaded = below.loaded
+    _ = loaded.projects, below.sound  # `features` asks for them, found out by passes that are not to be traced
+    for indices in batches([len(text) for text in texts], loaded.batch_tokens(batch_tokens, gradients=True)):
+        few = [texts[index] for index in indices]
+        yield Batch(indices, few, pad(few).to(loaded.device))

@@ -44,7 +44,7 @@ class Solution:
     """The edit in low-rank form: at site l, D_l = left[l]^T right[l] with `left` `[n, d]`, `right` `[n, f]`.
 
     `cost` is the predicted disturbance 1/2 sum_l tr(F D C D^T); `active` the number of constraints that press;
-    `condition` estimates the condition number of their scaled kernel from its Cholesky factor (a lower bound).
+    `condition` estimates the condition number of their scaled system from its Cholesky factor (a lower bound).
     """
 
     left: list[Tensor] = field(repr=False)
@@ -68,7 +68,7 @@ def least_disturbing_edit(
     kernel = _kernel(sites, left, right, bounds)
     if not bool(torch.isfinite(kernel).all()) or not bool(torch.isfinite(bounds).all()):
         raise NumericalError("the edit's equations are not finite; the edit was rolled back.")
-    multipliers = complementary(kernel, bounds, yields=yields)
+    multipliers, condition = _multipliers(kernel, bounds, yields, JITTER)
     pressing = multipliers > 0
     weights = -multipliers[pressing].float()
     return Solution(
@@ -76,7 +76,7 @@ def least_disturbing_edit(
         right=[reads[pressing] for reads in right],
         cost=float(0.5 * multipliers @ (kernel.double() @ multipliers)),
         active=int(pressing.sum()),
-        condition=_condition(kernel[pressing][:, pressing]),
+        condition=condition,
     )
 
 
@@ -93,14 +93,6 @@ def _kernel(sites: Sequence[Linearised], left: Sequence[Tensor], right: Sequence
     return kernel.triu() + kernel.triu(1).T
 
 
-def _condition(kernel: Tensor) -> float:
-    if not len(kernel):
-        return 1.0
-    scale = kernel.diagonal().double().clamp(min=1e-30).rsqrt()
-    diagonal = _factor(kernel.double() * scale[:, None] * scale[None, :], JITTER).diagonal()
-    return float((diagonal.max() / diagonal.min()) ** 2)
-
-
 def complementary(kernel: Tensor, bounds: Tensor, *, yields: Tensor | float = 0.0, jitter: float = JITTER) -> Tensor:
     """lambda >= 0 with K lambda + y diag(K) lambda + b >= 0 and complementary slackness, in float64; K must be
     symmetric, `yields` is y.
@@ -109,6 +101,11 @@ def complementary(kernel: Tensor, bounds: Tensor, *, yields: Tensor | float = 0.
     once, single ones when that stops helping, so it ends after few Cholesky factorisations. The kernel is scaled to a
     unit diagonal first: its entries span many orders of magnitude.
     """
+    return _multipliers(kernel, bounds, yields, jitter)[0]
+
+
+def _multipliers(kernel: Tensor, bounds: Tensor, yields: Tensor | float, jitter: float) -> tuple[Tensor, float]:
+    """`complementary`, and the condition of the last system that was solved."""
     scale = kernel.diagonal().double().clamp(min=1e-30).rsqrt()
     matrix = kernel.double() * scale[:, None] * scale[None, :]
     matrix.diagonal().add_(yields).add_(jitter)
@@ -116,9 +113,9 @@ def complementary(kernel: Tensor, bounds: Tensor, *, yields: Tensor | float = 0.
     zero = -_ROUNDING * float(right.abs().amax()) if len(right) else 0.0
     passive = right > 0
     fewest, patience = len(right) + 1, 3
-    multipliers = torch.zeros_like(right)
+    multipliers, condition = torch.zeros_like(right), 1.0
     for _ in range(_PIVOTS):
-        multipliers = _solve_on(matrix, right, passive)
+        multipliers, condition = _solve_on(matrix, right, passive)
         slack = matrix @ multipliers - right
         wrong = (passive & (multipliers < zero)) | (~passive & (slack < zero))
         count = int(wrong.sum())
@@ -134,24 +131,27 @@ def complementary(kernel: Tensor, bounds: Tensor, *, yields: Tensor | float = 0.
             wrong = torch.zeros_like(wrong)
             wrong[last] = True
         passive = passive ^ wrong
-    return multipliers.clamp(min=0) * scale
+    return multipliers.clamp(min=0) * scale, condition
 
 
-def _solve_on(matrix: Tensor, right: Tensor, passive: Tensor) -> Tensor:
+def _solve_on(matrix: Tensor, right: Tensor, passive: Tensor) -> tuple[Tensor, float]:
+    """The solution that is zero but on `passive`, and an estimate of the condition number there."""
     solution = torch.zeros_like(right)
     index = passive.nonzero()[:, 0]
-    if len(index):
-        factor = _factor(matrix[index][:, index], 0.0)
-        solution[index] = torch.cholesky_solve(right[index, None], factor)[:, 0]
-    return solution
+    if not len(index):
+        return solution, 1.0
+    factor = _factor(matrix[index][:, index])
+    solution[index] = torch.cholesky_solve(right[index, None], factor)[:, 0]
+    diagonal = factor.diagonal()
+    return solution, float((diagonal.max() / diagonal.min()) ** 2)
 
 
-def _factor(matrix: Tensor, jitter: float) -> Tensor:
-    """The Cholesky factor of a matrix with unit diagonal, with ten times more on the diagonal while it fails."""
+def _factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix with unit diagonal, to which ever more is added, in place, while it fails."""
     for attempt in range(4):
-        damped = matrix.clone()
-        damped.diagonal().add_(jitter + (JITTER * 10**attempt if attempt else 0.0))
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        if attempt:
+            matrix.diagonal().add_(JITTER * 10**attempt)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             chosen: Tensor = factor
             return chosen

@@ -32,7 +32,7 @@ from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.extraction import NOISE
 from memscrub.measures.measure import Progress
 from memscrub.models.originals import OriginalsOnDisk
-from memscrub.models.site_finding import sites_of
+from memscrub.models.site_finding import layer_count, sites_of
 from memscrub.models.sites import Site
 from memscrub.models.trace import weights_swapped
 
@@ -47,6 +47,9 @@ CALIBRATION_ROWS = 8
 # Guards favour the rows that they come from: these are half of the solver's at most, and whether there is room for an
 # edit is asked of the others.
 GUARDED_ROWS = 64
+# From so many layers on the upper half is edited alone: what is below is computed once, and the edit is hardly larger
+# (docs/lab-notes.md).
+DEEP = 6
 # Where not all texts fit: shares of them that are tried, those first that cost least and that no waiver excuses.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
@@ -58,7 +61,15 @@ def first_sites(inputs: Inputs) -> tuple[Site, ...]:
     """The sites that the first stage edits. Raises UsageError for a layer that the model does not have."""
     fix = inputs.policy.fix
     kinds = {"mlp": ("mlp",), "mlp+attention": ("mlp", "attention")}.get(fix.sites, ("mlp", "attention", "query"))
-    return sites_of(inputs.loaded, kinds=kinds, layers=None if fix.layers == "all" else fix.layers)
+    return sites_of(inputs.loaded, kinds=kinds, layers=_layers(inputs))
+
+
+def _layers(inputs: Inputs) -> Sequence[int]:
+    """The layers that the policy lets be edited, or those that are edited where it leaves that to memscrub."""
+    fix, count = inputs.policy.fix, layer_count(inputs.loaded)
+    if fix.named_layers is not None:
+        return fix.named_layers
+    return range(count // 2 if fix.layers == "auto" and count >= DEEP else 0, count)
 
 
 @dataclass
@@ -217,8 +228,7 @@ class JointStages:
         return self._refined(edit)
 
     def _heads(self, edit: JointEdit, outcome: EditOutcome) -> tuple[Site, ...]:
-        layers = None if self.inputs.policy.fix.layers == "all" else self.inputs.policy.fix.layers
-        everything = sites_of(self.inputs.loaded, kinds=("attention",), layers=layers)
+        everything = sites_of(self.inputs.loaded, kinds=("attention",), layers=_layers(self.inputs))
         constraints, owners = edit.linearised(everything)
         unmet = torch.tensor([index for index, owner in enumerate(owners) if owner in set(outcome.unmet)])
         chosen = [Linearised(c.activations[unmet], c.gradients[unmet]) for c in constraints]

@@ -62,9 +62,8 @@ def edit_one_by_one(
 
 
 def mlp_sites(inputs: Inputs) -> tuple[Site, ...]:
-    """The MLP sites of the policy's layers."""
-    layers = inputs.policy.fix.layers
-    return sites_of(inputs.loaded, kinds=("mlp",), layers=None if layers == "all" else layers)
+    """The MLP sites of the layers that the policy names, or of all."""
+    return sites_of(inputs.loaded, kinds=("mlp",), layers=inputs.policy.fix.named_layers)
 
 
 def _modes(inputs: Inputs, editable: EditableModel, settings: PerTextSettings, metrics: list[Metric]) -> list[Mode]:

@@ -34,8 +34,8 @@ def narrowed(policy: Policy, tensors: Sequence[str], config: Mapping[str, Any]) 
     if not known or len(known) < len(places):
         return None
     kinds, layers = {kind for kind, _ in known}, {layer for _, layer in known}
-    if policy.fix.layers != "all":
-        layers &= set(policy.fix.layers)
+    if policy.fix.named_layers is not None:
+        layers &= set(policy.fix.named_layers)
     allowed = next(index for index, (name, _) in enumerate(_SITES) if name == policy.fix.sites)
     wanted = next(index for index, (_, edits) in enumerate(_SITES) if kinds <= edits)
     if not layers:

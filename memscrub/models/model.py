@@ -42,7 +42,7 @@ LOGITS_BYTES = 32 * 2**20
 PIECE_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 _TOKENIZER = "tokenizer_config.json"
 # Largest difference, relative to the largest logit, at which two ways to the same logits count as one.
-_SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+SAME_LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class LoadedModel:
         ids = ((torch.arange(count, device=self.device) * 7919 + 1) % self.vocabulary)[None]
         with torch.inference_mode():
             own, found = self.logits(ids), self._head(self._base(input_ids=ids, use_cache=False)[0]).to(self.device)
-            same = own.shape == found.shape and (own - found).abs().max() <= _SAME_LOGITS[self.dtype] * own.abs().max()
+            same = own.shape == found.shape and (own - found).abs().max() <= SAME_LOGITS[self.dtype] * own.abs().max()
         return bool(same)
 
     @property

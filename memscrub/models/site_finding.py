@@ -21,17 +21,10 @@ def sites_of(
     Raises ArchitectureError when a block lacks a module its family should have, so that no layer is skipped
     silently, and UsageError for a layer the model does not have.
     """
-    family = loaded.family
-    try:
-        blocks = loaded.model.get_submodule(family.blocks)
-    except AttributeError:
-        raise ArchitectureError(
-            f"the model has no module '{family.blocks}', which the family '{family.model_type}' should have."
-        ) from None
-    assert isinstance(blocks, nn.ModuleList)
-    wanted = range(len(blocks)) if layers is None else layers
-    if missing := [layer for layer in wanted if layer >= len(blocks)]:
-        raise UsageError(f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {len(blocks) - 1}.")
+    family, count = loaded.family, layer_count(loaded)
+    wanted = range(count) if layers is None else layers
+    if missing := [layer for layer in wanted if layer >= count]:
+        raise UsageError(f"[fix] layers names layer {missing[0]}, but this model has layers 0 to {count - 1}.")
     found: list[Site] = []
     for kind in kinds:
         path = {"mlp": family.mlp, "attention": family.attention, "query": family.query}[kind]
@@ -49,6 +42,19 @@ def sites_of(
                 site = replace(site, rows=_query_rows(loaded, family.layout, *sizes))
             found.append(site)
     return tuple(found)
+
+
+def layer_count(loaded: LoadedModel) -> int:
+    """How many blocks the model has. Raises ArchitectureError where they are not at their family's place."""
+    family = loaded.family
+    try:
+        blocks = loaded.model.get_submodule(family.blocks)
+    except AttributeError:
+        raise ArchitectureError(
+            f"the model has no module '{family.blocks}', which the family '{family.model_type}' should have."
+        ) from None
+    assert isinstance(blocks, nn.ModuleList)
+    return len(blocks)
 
 
 def _expert_sites(loaded: LoadedModel, experts: Experts, block: str, layer: int) -> list[Site]:

@@ -68,8 +68,8 @@ def _kind(field: FieldInfo) -> str:
         return " or ".join(f"`{to_toml(choice)}`" for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return "list of texts" if field.examples else "list of whole numbers"
-    if choices and get_origin(choices[0]) is Literal:  # "all" or a list of numbers
-        return f"`{to_toml(get_args(choices[0])[0])}` or list of whole numbers"
+    if choices and get_origin(choices[0]) is Literal:  # a word or a list of numbers
+        return ", ".join(f"`{to_toml(word)}`" for word in get_args(choices[0])) + " or list of whole numbers"
     if choices:  # optional: the limits stand with the inner type
         inner = choices[0]
         annotation = getattr(inner, "__origin__", inner)

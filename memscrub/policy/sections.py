@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -30,12 +30,15 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(values))
 
 
-def _layers(value: Any) -> Literal["all"] | tuple[int, ...]:
+Layers: TypeAlias = Literal["auto", "all"] | tuple[int, ...]
+
+
+def _layers(value: Any) -> Layers:
     # By hand, because a pydantic union would report one error per alternative.
-    if value == "all":
-        return "all"
+    if isinstance(value, str) and value in ("auto", "all"):
+        return "auto" if value == "auto" else "all"
     if not isinstance(value, list | tuple) or not value or any(type(item) is not int or item < 0 for item in value):
-        raise ValueError('must be "all" or a list of layer numbers from 0; write for example layers = [2, 3, 4]')
+        raise ValueError('must be "auto", "all" or a list of layer numbers from 0; for example layers = [2, 3, 4]')
     return _distinct(tuple(value))
 
 
@@ -242,9 +245,17 @@ class Fix(Section):
     )
     margin: float = Field(default=0.3, gt=0, description="Logits by which the other token must win.")
     rounds: Annotated[int, Field(ge=1, le=100)] = Field(default=20, description="Solve and measure at most this often.")
-    layers: Annotated[Literal["all"] | tuple[int, ...], PlainValidator(_layers)] = Field(
-        default="all", examples=[[2, 3, 4]], description='`"all"`, or the layer numbers that may be edited.'
+    layers: Annotated[Layers, PlainValidator(_layers)] = Field(
+        default="auto",
+        examples=[[2, 3, 4], "all"],
+        description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half for the solver'
+        " `joint`, all layers of models with fewer than six and for `per-text`.",
     )
+
+    @property
+    def named_layers(self) -> tuple[int, ...] | None:
+        """The layers that are named by their numbers; None where they are not."""
+        return self.layers if isinstance(self.layers, tuple) else None
 
 
 class ReportSettings(Section):
