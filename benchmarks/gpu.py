@@ -46,6 +46,7 @@ from gpu_shapes import (
 from memscrub.edit.disturbance import measure_disturbance
 from memscrub.errors import IncompleteError
 from memscrub.jobs.editing import make_edit, statistics_rows
+from memscrub.jobs.joint_editing import usual_layers
 from memscrub.locality.distance import RetainHalves
 from memscrub.measures.extraction import Sampling, scored
 from memscrub.measures.passes import out_of_memory
@@ -266,7 +267,7 @@ def _repeated(work: Callable[[], None], device: Device, repeats: int) -> tuple[i
 
 def retain_statistics(loaded: LoadedModel, rows: Tensor, device: Device) -> dict[str, Any]:
     """Both metrics of every site that `fix` edits by default, from the rows and their beginnings, as `fix` has them."""
-    sites = sites_of(loaded, kinds=("mlp", "attention", "query"))
+    sites = sites_of(loaded, kinds=("mlp", "attention", "query"), layers=usual_layers(loaded))
     parts = statistics_rows(loaded, rows)
     measure_disturbance(loaded, sites[:1], [rows[:1]], seed=0)
     device.forget_peak()

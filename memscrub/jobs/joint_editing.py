@@ -31,6 +31,7 @@ from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.extraction import NOISE
 from memscrub.measures.measure import Progress
+from memscrub.models.model import LoadedModel
 from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.site_finding import layer_count, sites_of
 from memscrub.models.sites import Site
@@ -65,11 +66,17 @@ def first_sites(inputs: Inputs) -> tuple[Site, ...]:
 
 
 def _layers(inputs: Inputs) -> Sequence[int]:
-    """The layers that the policy lets be edited, or those that are edited where it leaves that to memscrub."""
-    fix, count = inputs.policy.fix, layer_count(inputs.loaded)
+    """The layers that the policy lets be edited."""
+    fix = inputs.policy.fix
     if fix.named_layers is not None:
         return fix.named_layers
-    return range(count // 2 if fix.layers == "auto" and count >= DEEP else 0, count)
+    return usual_layers(inputs.loaded) if fix.layers == "auto" else range(layer_count(inputs.loaded))
+
+
+def usual_layers(loaded: LoadedModel) -> range:
+    """The upper half of a deep model's layers, all of a shallow one's."""
+    count = layer_count(loaded)
+    return range(count // 2 if count >= DEEP else 0, count)
 
 
 @dataclass
