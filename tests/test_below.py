@@ -14,10 +14,12 @@ from memscrub.edit.editable import EditableModel
 from memscrub.edit.linearise import Linearisation, linearise_at, prices
 from memscrub.models.architecture import FAMILIES
 from memscrub.models.below import Below
-from memscrub.models.model import LoadedModel
+from memscrub.models.model import LoadedModel, load_model
 from memscrub.models.site_finding import sites_of
 from memscrub.models.tokens import pad
+from memscrub.storage.checkpoint import open_checkpoint
 from tests.families import VARIANTS
+from tests.models import tiny_checkpoint
 from tests.test_own_path import assert_alike, demands_and_points, loaded_of
 
 CASES = sorted(FAMILIES) + sorted(VARIANTS)
@@ -160,6 +162,22 @@ def test_gradients_above_are_those_of_whole_passes(case: str, tmp_path: Path) ->
     assert made.below.knows([demand.tokens for demand in demands])
     below = passes_below(loaded)
     assert_alike(found(made), expected)
+    assert not below
+
+
+def test_gradients_above_are_the_same_with_lean_weights(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "llama", seed=3, dtype=torch.bfloat16)
+    wide, lean = (load_model(open_checkpoint(tmp_path), device="cpu", lean=which) for which in (False, True))
+    assert lean.lean is not None
+    demands, points = demands_and_points()
+    plain = upper(wide)
+    plain.below = Below(wide, 0)
+    expected = linearise_at(plain, plain.sites, demands, points, batch_tokens=100)
+    made = upper(lean)
+    for _ in range(2):  # the first learns, the second begins above
+        assert_alike(linearise_at(made, made.sites, demands, points, batch_tokens=100), expected)
+    below = passes_below(lean)
+    linearise_at(made, made.sites, demands, points, batch_tokens=100)
     assert not below
 
 
