@@ -19,8 +19,10 @@ schema = 1
 name = "layers"
 [protected]
 files = ["protected.jsonl"]
+controls = ["control.jsonl"]
 [class.c]
 max_verbatim_tokens = 5
+{limits}
 [probe]
 near_verbatim_prefix = 8
 near_verbatim_tokens = 16
@@ -42,6 +44,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [random_text(seed, 36) for seed in range(3)]
     tiny_checkpoint(path / "checkpoint", "llama", seed=6, texts=texts, steps=90, layers=DEEP + 1)
     write_list(path / "protected.jsonl", texts, "protected-")
+    write_list(path / "control.jsonl", [random_text(seed, 36) for seed in (7, 8, 9)], "control-")
     (path / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 30, 90))) + "\n")
     return path
 
@@ -52,8 +55,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
 
 
-def opened(folder: Path, fix: str = "") -> Inputs:
-    (folder / "policy.toml").write_text(POLICY.format(fix=fix))
+def opened(folder: Path, fix: str = "", limits: str = "") -> Inputs:
+    (folder / "policy.toml").write_text(POLICY.format(fix=fix, limits=limits))
     return open_inputs(folder / "checkpoint", folder / "policy.toml", device="cpu", dtype="float32")
 
 
@@ -66,6 +69,12 @@ def test_a_deep_model_is_edited_in_its_upper_half(deep: Path) -> None:
     assert layers_of(opened(deep, 'layers = "auto"')) == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("limits", ["max_sampling_probability = 1e-3", "like_controls = true"])
+def test_all_layers_are_edited_where_sampling_is_limited(deep: Path, limits: str) -> None:
+    assert layers_of(opened(deep, limits=limits)) == list(range(7))
+    assert layers_of(opened(deep, "layers = [4, 5]", limits)) == [4, 5]
+
+
 def test_all_layers_are_edited_where_the_policy_says_so(deep: Path) -> None:
     assert layers_of(opened(deep, 'layers = "all"')) == list(range(7))
     assert layers_of(opened(deep, "layers = [1, 6]")) == [1, 6]
@@ -73,7 +82,7 @@ def test_all_layers_are_edited_where_the_policy_says_so(deep: Path) -> None:
 
 def test_a_shallow_model_is_edited_in_all_layers(deep: Path, tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "checkpoint", "llama", seed=6, layers=DEEP - 1)
-    for name in ("protected.jsonl", "retain.txt"):
+    for name in ("protected.jsonl", "control.jsonl", "retain.txt"):
         (tmp_path / name).write_bytes((deep / name).read_bytes())
     assert layers_of(opened(tmp_path)) == list(range(DEEP - 1))
 

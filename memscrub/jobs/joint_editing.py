@@ -70,11 +70,14 @@ def _layers(inputs: Inputs) -> Sequence[int]:
     fix = inputs.policy.fix
     if fix.named_layers is not None:
         return fix.named_layers
-    return usual_layers(inputs.loaded) if fix.layers == "auto" else range(layer_count(inputs.loaded))
+    # Limits on sampling ask for edits many times deeper, and there every layer left out is paid for.
+    sampled = any(limits.max_sampling_probability or limits.like_controls for limits in inputs.policy.classes.values())
+    every = range(layer_count(inputs.loaded))
+    return usual_layers(inputs.loaded) if fix.layers == "auto" and not sampled else every
 
 
 def usual_layers(loaded: LoadedModel) -> range:
-    """The upper half of a deep model's layers, all of a shallow one's."""
+    """The upper half of a deep model's layers, all of a shallow one's: where greedy decoding alone is limited."""
     count = layer_count(loaded)
     return range(count // 2 if count >= DEEP else 0, count)
 

@@ -248,8 +248,9 @@ class Fix(Section):
     layers: Annotated[Layers, PlainValidator(_layers)] = Field(
         default="auto",
         examples=[[2, 3, 4], "all"],
-        description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half for the solver'
-        " `joint`, all layers of models with fewer than six and for `per-text`.",
+        description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half, and all layers of'
+        " models with fewer than six, where a class limits sampling (`max_sampling_probability`, `like_controls`) and"
+        " for the solver `per-text`.",
     )
 
     @property
