@@ -69,8 +69,10 @@ def test_a_deep_model_is_edited_in_its_upper_half(deep: Path) -> None:
     assert layers_of(opened(deep, 'layers = "auto"')) == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("limits", ["max_sampling_probability = 1e-3", "like_controls = true"])
-def test_all_layers_are_edited_where_sampling_is_limited(deep: Path, limits: str) -> None:
+@pytest.mark.parametrize(
+    "limits", ["max_near_verbatim = 0.6", "max_sampling_probability = 1e-3", "like_controls = true"]
+)
+def test_all_layers_are_edited_where_more_than_greedy_runs_is_limited(deep: Path, limits: str) -> None:
     assert layers_of(opened(deep, limits=limits)) == list(range(7))
     assert layers_of(opened(deep, "layers = [4, 5]", limits)) == [4, 5]
 

@@ -36,6 +36,7 @@ from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.site_finding import layer_count, sites_of
 from memscrub.models.sites import Site
 from memscrub.models.trace import weights_swapped
+from memscrub.policy.sections import ClassLimits
 
 # After a run the texts are gone over again at most this often, where they still come out elsewhere.
 REFINEMENTS = 8
@@ -70,10 +71,14 @@ def _layers(inputs: Inputs) -> Sequence[int]:
     fix = inputs.policy.fix
     if fix.named_layers is not None:
         return fix.named_layers
-    # Limits on sampling ask for edits many times deeper, and there every layer left out is paid for.
-    sampled = any(limits.max_sampling_probability or limits.like_controls for limits in inputs.policy.classes.values())
-    every = range(layer_count(inputs.loaded))
-    return usual_layers(inputs.loaded) if fix.layers == "auto" and not sampled else every
+    if fix.layers == "all" or any(map(_beyond_greedy, inputs.policy.classes.values())):
+        return range(layer_count(inputs.loaded))
+    return usual_layers(inputs.loaded)
+
+
+def _beyond_greedy(limits: ClassLimits) -> bool:
+    # Such limits ask for edits many times deeper, or in text that the model makes up: every layer left out is missed.
+    return bool(limits.max_near_verbatim or limits.max_sampling_probability or limits.like_controls)
 
 
 def usual_layers(loaded: LoadedModel) -> range:

@@ -249,8 +249,8 @@ class Fix(Section):
         default="auto",
         examples=[[2, 3, 4], "all"],
         description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half, and all layers of'
-        " models with fewer than six, where a class limits sampling (`max_sampling_probability`, `like_controls`) and"
-        " for the solver `per-text`.",
+        " models with fewer than six, where a class limits more than greedy runs (`max_near_verbatim`,"
+        " `max_sampling_probability`, `like_controls`) and for the solver `per-text`.",
     )
 
     @property
