@@ -160,3 +160,17 @@ def test_a_gap_moves_as_its_own_path_says_behind_the_last_attention(tmp_path: Pa
         moved = linearise_at(made, made.sites, demands, points, batch_tokens=100).gaps[index]
         weight.copy_(before)
         assert float(moved - found.gaps[index]) == pytest.approx(1e-2, rel=0.1)
+
+
+def test_the_gradient_of_the_sum_counts_later_gaps_too(tmp_path: Path) -> None:
+    loaded = loaded_of("llama", tmp_path)
+    made = editable(loaded)
+    demands, points = demands_and_points()
+    summed, own = (
+        linearise_at(made, made.sites, demands, points, own_path=which, batch_tokens=100) for which in (False, True)
+    )
+    torch.testing.assert_close(summed.gaps, own.gaps, atol=1e-4, rtol=1e-4)
+    first = next(n for n, site in enumerate(made.sites) if site.layer == 0 and "mlp" in site.name)
+    last = next(n for n, site in enumerate(made.sites) if site.layer == 1 and "mlp" in site.name)
+    torch.testing.assert_close(summed.sites[last].gradients, own.sites[last].gradients, atol=1e-4, rtol=1e-3)
+    assert float((summed.sites[first].gradients - own.sites[first].gradients).abs().max()) > 1e-2

@@ -59,11 +59,13 @@ def find_guards(
     return _guards(editable, heaviest, batch_tokens)
 
 
-def standing(editable: EditableModel, guards: Sequence[Guard], *, batch_tokens: int = 2048) -> Linearisation:
+def standing(
+    editable: EditableModel, guards: Sequence[Guard], *, own_path: bool = True, batch_tokens: int = 2048
+) -> Linearisation:
     """The guards as constraints at the live weights: each gap must be at least its floor."""
     sequences = [Demand(guard.tokens, 1) for guard in guards]
     points = [{len(guard.tokens) - 1: guard.floor} for guard in guards]
-    found = linearise_at(editable, editable.sites, sequences, points, batch_tokens=batch_tokens)
+    found = linearise_at(editable, editable.sites, sequences, points, own_path=own_path, batch_tokens=batch_tokens)
     return found.reversed(YIELD)
 
 

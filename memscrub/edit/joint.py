@@ -27,6 +27,10 @@ from memscrub.models.sites import Site
 
 # (share of the edit kept, share of the step taken) per round; see `step_of`.
 KEPT = ((0.0, 0.5), (0.0, 0.5), (0.3, 1.0), (0.5, 1.0), (0.75, 1.0), (0.9, 1.0), (0.95, 1.0))
+# The gradient of the sum of all gaps also counts what an edit at one token does to later gaps: where all layers are
+# edited that makes early, large steps cheaper. Late, small steps need each gap's own gradient, or a gap at an early
+# token never closes. In the upper half alone own gradients do from the start.
+OWN_PATH_FROM = 4
 
 
 @dataclass(frozen=True)
@@ -186,21 +190,36 @@ class JointEdit:
             )
             return self.held[index]
 
-        batch_tokens = self.settings.batch_tokens
-        found = linearise(self.editable, self.editable.sites, self.demands, choose, batch_tokens=batch_tokens)
+        editable, batch_tokens = self.editable, self.settings.batch_tokens
+        found = linearise(
+            editable, editable.sites, self.demands, choose, own_path=self._own_path, batch_tokens=batch_tokens
+        )
         return self._with_guards(found), tuple(sorted(unmet))
 
     def _held_linearised(self) -> Linearisation:
         """The constraints of the break points that are held, and of the guards."""
         editable, batch_tokens = self.editable, self.settings.batch_tokens
         return self._with_guards(
-            linearise_at(editable, editable.sites, self.demands, self.held, batch_tokens=batch_tokens)
+            linearise_at(
+                editable,
+                editable.sites,
+                self.demands,
+                self.held,
+                own_path=self._own_path,
+                batch_tokens=batch_tokens,
+            )
         )
 
     def _with_guards(self, found: Linearisation) -> Linearisation:
         if not self.guards or not found.sites:
             return found
-        return found + standing(self.editable, self.guards, batch_tokens=self.settings.batch_tokens)
+        return found + standing(
+            self.editable, self.guards, own_path=self._own_path, batch_tokens=self.settings.batch_tokens
+        )
+
+    @property
+    def _own_path(self) -> bool:
+        return self.steps >= OWN_PATH_FROM or self.editable.below.first > 0
 
     def _step(self, found: Linearisation, kept: float, share: float) -> None:
         """Solve for the edit but `kept` of it, at the current linearisation, and go a `share` of the way there."""

@@ -66,12 +66,13 @@ def linearise(
     demands: Sequence[Demand],
     choose: Chooser,
     *,
+    own_path: bool = True,
     batch_tokens: int,
 ) -> Linearisation:
     """Linearise the gap at the break points `{token: margin}` that `choose` names for each demand's state.
 
-    A gap's gradient is that of the token's own place, as if what attention reads of earlier places were fixed
-    (`own_path.OwnPath`).
+    With `own_path` a gap's gradient is that of the token's own place, as if what attention reads of earlier places were
+    fixed (`own_path.OwnPath`); without, what the sum of the sequence's gaps has there.
     """
 
     def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
@@ -79,7 +80,7 @@ def linearise(
             states = _states(editable.loaded.unembed(features), ids, [demands[index] for index in batch])
         return [choose(index, state) for index, state in zip(batch, states, strict=True)]
 
-    return _linearised(editable, sites, demands, chosen, batch_tokens)
+    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
 
 
 def linearise_at(
@@ -88,6 +89,7 @@ def linearise_at(
     demands: Sequence[Demand],
     points: Sequence[Mapping[int, float]],
     *,
+    own_path: bool = True,
     batch_tokens: int,
 ) -> Linearisation:
     """The same at break points that are known beforehand, for which no state is looked up."""
@@ -95,7 +97,7 @@ def linearise_at(
     def chosen(batch: Sequence[int], ids: Tensor, features: Tensor) -> list[Mapping[int, float]]:
         return [points[index] for index in batch]
 
-    return _linearised(editable, sites, demands, chosen, batch_tokens)
+    return _linearised(editable, sites, demands, chosen, batch_tokens, own_path=own_path)
 
 
 def _linearised(
@@ -104,6 +106,8 @@ def _linearised(
     demands: Sequence[Demand],
     choose: Callable[[Sequence[int], Tensor, Tensor], Sequence[Mapping[int, float]]],
     batch_tokens: int,
+    *,
+    own_path: bool,
 ) -> Linearisation:
     activations: list[list[Tensor]] = [[] for _ in sites]
     gradients: list[list[Tensor]] = [[] for _ in sites]
@@ -111,7 +115,7 @@ def _linearised(
     owners: list[int] = []
     device = editable.loaded.device
     texts = [demand.tokens for demand in demands]
-    for batch, look in looks(editable.below, sites, texts, batch_tokens):
+    for batch, look in looks(editable.below, sites, texts, batch_tokens, own_path=own_path):
         chosen = choose(batch.indices, batch.ids, look.features)
         if not any(chosen):
             continue

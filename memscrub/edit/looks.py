@@ -1,8 +1,8 @@
 """Looks at texts: passes over batches of them, and what is differentiable at a few of their tokens.
 
-Gradients are those of own paths (`own_path`): the texts pass without gradients and then the few tokens alone with them,
-or, where that cannot be done, the texts with gradients at every token. What passes have below all sites is computed
-once (`below`). Knows neither what must go nor what an edit is.
+For gradients of own paths (`own_path`) the texts pass without gradients and then the few tokens alone with them; for
+others, and where that cannot be done, they pass with gradients at every token. What passes have below all sites is
+computed once (`below`). Knows neither what must go nor what an edit is.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _rows_and_columns(chosen: Sequence[Sequence[int]], device: torch.device) -> 
 
 
 def looks(
-    below: Below, sites: Sequence[Site], texts: Sequence[Text], batch_tokens: int
+    below: Below, sites: Sequence[Site], texts: Sequence[Text], batch_tokens: int, *, own_path: bool
 ) -> Iterator[tuple[Batch, Whole | Apart]]:
     """Batches of the texts, each with a look at them, good until the next.
 
@@ -121,10 +121,10 @@ def looks(
     loaded = below.loaded
     if min((site.layer for site in sites), default=0) < below.first:
         below = Below(loaded, 0)
-    apart = loaded.lean is None
+    apart = own_path and loaded.lean is None
     for batch in padded(below, texts, batch_tokens):
         if not apart:
-            with whole_pass(below, sites, batch) as (trace, features):
+            with whole_pass(below, sites, batch, own_path=own_path) as (trace, features):
                 yield batch, Whole(loaded, trace, features)
             continue
         begun = below.knows(batch.texts)
@@ -136,9 +136,11 @@ def looks(
 
 
 @contextlib.contextmanager
-def whole_pass(below: Below, sites: Sequence[Site], batch: Batch) -> Iterator[tuple[Trace, Tensor]]:
+def whole_pass(
+    below: Below, sites: Sequence[Site], batch: Batch, *, own_path: bool = True
+) -> Iterator[tuple[Trace, Tensor]]:
     """A pass that can be differentiated inside the context, where lean weights are read again for it."""
-    with OwnPath(), traced(below.loaded, sites) as trace:
+    with OwnPath() if own_path else contextlib.nullcontext(), traced(below.loaded, sites) as trace:
         yield trace, below.features(batch.ids, batch.texts)
 
 
