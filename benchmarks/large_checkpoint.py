@@ -56,6 +56,7 @@ max_perplexity_ratio = 1.3
 min_agreement = 0.8
 [fix]
 sites = "{sites}"
+layers = "all"
 rounds = 14
 """
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from editing_world import ALLOWED, laid_out, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import changed, in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
+from models import changed, snapshot
 from torch import Tensor
 
 from memscrub.edit.breakpoints import Demand, TextState, violations
@@ -26,7 +27,7 @@ from memscrub.errors import UsageError
 from memscrub.jobs import joint_editing
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
-from memscrub.jobs.scanning import Inputs, open_inputs
+from memscrub.jobs.scanning import Inputs
 from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.continuation import Continuation, Opening
@@ -34,53 +35,12 @@ from memscrub.measures.measure import measure
 from memscrub.models.model import LoadedModel
 from memscrub.policy.sections import Locality as Limits
 
-ALLOWED = 5
-POLICY = """\
-schema = 1
-name = "editing"
-[protected]
-files = ["protected.jsonl"]
-controls = ["control.jsonl"]
-[class.c]
-max_verbatim_tokens = {allowed}
-{limits}
-[probe]
-near_verbatim_prefix = 8
-near_verbatim_tokens = 16
-offsets = [0, 4]
-[locality]
-retain = ["retain.txt"]
-neighbours = ["retain.txt"]
-max_kl = 100.0
-max_perplexity_ratio = 100.0
-min_agreement = 0.001
-[fix]
-{fix}
-"""
 CONTEXTS: tuple[Context, ...] = ("unrelated", "perturbed")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("editing")
-    texts = [random_text(seed, 36) for seed in range(3)]
-    tiny_checkpoint(path / "checkpoint", "llama", seed=6, texts=texts, steps=90)
-    for name, group in (("protected", texts), ("control", [random_text(seed, 36) for seed in (7, 8, 9)])):
-        write_list(path / f"{name}.jsonl", group, f"{name}-")
-    (path / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 30, 90))) + "\n")
-    return path
-
-
-@pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model this tiny is full: here it is what an edit reaches that counts, whatever it costs."""
-    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
-    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
-
-
-def opened(folder: Path, fix: str, limits: str = "") -> Inputs:
-    (folder / "policy.toml").write_text(POLICY.format(allowed=ALLOWED, limits=limits, fix=fix))
-    return open_inputs(folder / "checkpoint", folder / "policy.toml", device="cpu", dtype="float32")
+    return laid_out(tmp_path_factory.mktemp("editing"))
 
 
 def longest(inputs: Inputs) -> int:

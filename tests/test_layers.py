@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from memscrub.edit import linearise as module
 from memscrub.jobs.editing import make_edit
 from memscrub.jobs.joint_editing import DEEP, first_sites
 from memscrub.jobs.one_by_one import mlp_sites
 from memscrub.jobs.ordinary_text import retain_halves
-from memscrub.jobs.scanning import Inputs, open_inputs
-from tests.models import in_words, ordinary_rows, random_text, snapshot, tiny_checkpoint, write_list
-
-POLICY = """\
-schema = 1
-name = "layers"
-[protected]
-files = ["protected.jsonl"]
-controls = ["control.jsonl"]
-[class.c]
-max_verbatim_tokens = 5
-{limits}
-[probe]
-near_verbatim_prefix = 8
-near_verbatim_tokens = 16
-offsets = [0, 4]
-[locality]
-retain = ["retain.txt"]
-max_kl = 100.0
-max_perplexity_ratio = 100.0
-min_agreement = 0.001
-[fix]
-{fix}
-"""
+from memscrub.jobs.scanning import Inputs
+from tests.editing_world import laid_out, opened
+from tests.models import snapshot, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of seven layers that knows three texts."""
-    path = tmp_path_factory.mktemp("deep")
-    texts = [random_text(seed, 36) for seed in range(3)]
-    tiny_checkpoint(path / "checkpoint", "llama", seed=6, texts=texts, steps=90, layers=DEEP + 1)
-    write_list(path / "protected.jsonl", texts, "protected-")
-    write_list(path / "control.jsonl", [random_text(seed, 36) for seed in (7, 8, 9)], "control-")
-    (path / "retain.txt").write_text("\n\n".join(in_words(ordinary_rows(7, 30, 90))) + "\n")
-    return path
-
-
-@pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_AGREEMENT", 0.0)
-    monkeypatch.setattr("memscrub.reports.locality_limits.CATASTROPHIC_PERPLEXITY_RATIO", 1e9)
-
-
-def opened(folder: Path, fix: str = "", limits: str = "") -> Inputs:
-    (folder / "policy.toml").write_text(POLICY.format(fix=fix, limits=limits))
-    return open_inputs(folder / "checkpoint", folder / "policy.toml", device="cpu", dtype="float32")
+    return laid_out(tmp_path_factory.mktemp("deep"), layers=DEEP + 1)
 
 
 def layers_of(inputs: Inputs) -> list[int]:
@@ -119,3 +83,24 @@ def test_the_lower_half_computes_nothing_in_the_rounds(deep: Path) -> None:
         passes[word] = counted.count(widest)
         assert edit.made.rounds > 0
     assert passes["auto"] == 1 < passes["all"] - 5
+
+
+@pytest.mark.usefixtures("room")
+def test_rounds_begin_with_the_gradient_of_the_sum_where_all_layers_are_edited(
+    deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    real = module.looks
+
+    def watched(*given: Any, own_path: bool) -> Any:
+        seen.append(own_path)
+        return real(*given, own_path=own_path)
+
+    monkeypatch.setattr(module, "looks", watched)
+    for word in ("auto", "all"):
+        seen.clear()
+        inputs = opened(deep, f'layers = "{word}"')
+        make_edit(inputs, retain_halves(inputs))
+        first, last = seen[0], seen[-1]
+        assert last and first == (word == "auto")
+        assert seen == sorted(seen)  # once own paths are taken they are taken to the end

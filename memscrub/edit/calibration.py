@@ -48,11 +48,10 @@ def shares_of_kl(editable: EditableModel, rows: Tensor, *, batch_tokens: int = 2
     shares = [0.0] * len(sites)
     for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
         ids = rows[batch].to(loaded.device)
-        texts = [tuple(row) for row in ids.tolist()]
         with torch.inference_mode(), weights_swapped(loaded, editable.originals):
-            original = loaded.unembed(editable.below.features(ids, texts)).softmax(-1)
+            original = editable.below.logits(ids).softmax(-1)
         with traced(loaded, sites) as trace:
-            logits = loaded.unembed(editable.below.features(ids, texts))
+            logits = editable.below.logits(ids)
             gradients, _ = trace.gradients_of(logits, logits.detach().softmax(-1) - original)
         for index, (site, seen, gradient) in enumerate(zip(sites, trace.seen, gradients, strict=True)):
             came = slice(None) if seen.tokens is None else seen.tokens

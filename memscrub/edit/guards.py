@@ -78,11 +78,10 @@ def _disturbed(
     done = 0
     for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
         ids = rows[batch].to(loaded.device)
-        texts = [tuple(row) for row in ids.tolist()]
         with torch.inference_mode():
             with weights_swapped(loaded, editable.originals):
-                before = loaded.unembed(editable.below.features(ids, texts)).log_softmax(-1)
-            after = loaded.unembed(editable.below.features(ids, texts)).log_softmax(-1)
+                before = editable.below.logits(ids).log_softmax(-1)
+            after = editable.below.logits(ids).log_softmax(-1)
             kl = (before.exp() * (before - after)).sum(-1)
         for row, place in (kl >= HEAVY).nonzero().tolist():
             context = ids[row, max(0, place + 1 - CONTEXT) : place + 1].tolist()

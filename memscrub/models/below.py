@@ -48,6 +48,10 @@ class Below:
         with self._learning(texts):
             return self.loaded.features(ids)[0]
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """`LoadedModel.logits` of texts of one length, on the device, `[batch, length]`."""
+        return self.loaded.unembed(self.features(ids, [tuple(text) for text in ids.tolist()]))
+
     def features_at(self, ids: Tensor, texts: Sequence[Text], positions: Tensor | None) -> Tensor:
         """The same of texts that are known, by a pass of the ids at `positions` `[batch, n]` (None: at all)."""
         states = pad_sequence([self._states[text] for text in texts], batch_first=True)

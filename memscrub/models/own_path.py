@@ -7,6 +7,7 @@ gradients. Knows no texts and no edits; families without scaled-dot-product atte
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
-class _Attending(TorchFunctionMode):
+class _Attending(TorchFunctionMode, ABC):
     """Inside this context every attention of the model is left to `attend`."""
 
     def __torch_function__(
@@ -32,8 +33,9 @@ class _Attending(TorchFunctionMode):
             return self.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
+    @abstractmethod
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *rest: Any, **more: Any) -> Tensor:
-        raise NotImplementedError
+        """One attention `[batch, heads, length, width]`, arguments and result as torch's."""
 
 
 class OwnPath(_Attending):

@@ -248,9 +248,9 @@ class Fix(Section):
     layers: Annotated[Layers, PlainValidator(_layers)] = Field(
         default="auto",
         examples=[[2, 3, 4], "all"],
-        description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half, and all layers of'
-        " models with fewer than six, where a class limits more than greedy runs (`max_near_verbatim`,"
-        " `max_sampling_probability`, `like_controls`) and for the solver `per-text`.",
+        description='The layer numbers that may be edited, or `"all"`. `"auto"` is the upper half where classes limit'
+        " greedy runs and secrets alone; all layers where a class has `max_near_verbatim`,"
+        " `max_sampling_probability` or `like_controls`, where there are fewer than six, and for `per-text`.",
     )
 
     @property
