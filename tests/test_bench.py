@@ -31,7 +31,6 @@ from memscrub.errors import NumericalError, OutputError, UsageError
 from memscrub.jobs.editing import stored_dtypes
 from memscrub.jobs.scanning import Inputs, open_inputs
 from memscrub.models.site_finding import sites_of
-from memscrub.reports.control_limits import NEVER
 
 TEXTS = tuple(random_text(seed, 40) for seed in range(4))
 CONTROLS = tuple(random_text(seed, 40) for seed in range(10, 12))
@@ -124,7 +123,7 @@ def test_the_table_contains_every_method(results: Path) -> None:
     names = [row["name"] for row in raw["rows"]]
     expected = ["unedited", *(f"joint {mode}" for mode in bench_rows.MODES)]
     expected += ["joint next-best, mlp", "joint next-best, mlp+attention", "joint like controls"]
-    expected += [bench_rows.SELDOM, "per-text next-best, at once"]
+    expected += [bench_rows.SELDOM, bench_rows.NO_STARTS, "per-text next-best, at once"]
     assert names[: len(expected)] == expected
     assert [row["family"] for row in raw["rows"] if row["kind"] == "fine-tuning"] == [
         "npo",
@@ -213,7 +212,7 @@ def test_every_row_puts_the_weights_back_bit_for_bit(rule: Ruler) -> None:
     assert [row.texts for row in rows_] == [2, 2] and copying[-1].missed == 2
 
 
-def test_what_gives_up_the_starts_of_texts_is_seldom_sampled_and_harms_them(tmp_path: Path) -> None:
+def test_rows_that_are_seldom_sampled_are_and_giving_up_the_starts_of_texts_harms_them(tmp_path: Path) -> None:
     embedded = Path(memscrub.__file__).parent / "embedded"
     lines = (embedded / "protected.jsonl").read_text(encoding="utf-8").splitlines()[:3]
     (tmp_path / "protected.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -221,13 +220,17 @@ def test_what_gives_up_the_starts_of_texts_is_seldom_sampled_and_harms_them(tmp_
     policy = policy.replace("class.c", "class.copyright").replace('controls = ["control.jsonl"]', "")
     (tmp_path / "policy.toml").write_text(policy.replace("rounds = 3", "rounds = 12"), encoding="utf-8")
     rule = ruler(open_inputs(str(embedded / "checkpoint"), tmp_path / "policy.toml", dtype="float32"))
-    given_up = bench_rows.seldom(rule).figures
-    eos = dict((method.name, method.make) for method in bench_rows.methods(rule.inputs))["joint eos"]
-    kept = eos(rule, lambda *_: None).figures
-    assert given_up is not None and kept is not None
-    assert (given_up.over_limit, kept.over_limit) == (0, 0)
-    assert given_up.risk_max is not None and given_up.risk_max <= math.log(NEVER) < (kept.risk_max or 0)
-    assert given_up.start_kl is not None and given_up.start_kl > 2 * (kept.start_kl or math.inf)
+    names = ("joint eos", bench_rows.SELDOM, bench_rows.NO_STARTS)
+    makes = {method.name: method.make for method in bench_rows.methods(rule.inputs)}
+    found = [makes[name](rule, lambda *_: None).figures for name in names]
+    eos, seldom, given_up = (each for each in found if each is not None)
+    assert eos.over_limit == seldom.over_limit == given_up.over_limit == 0
+    assert eos.risk_max is not None and seldom.risk_max is not None and given_up.risk_max is not None
+    # Measured anew, at the rounded weights, with a little room for float32.
+    assert seldom.risk_max < math.log(bench_rows.SELDOM_CHANCE) + 1e-2 < eos.risk_max
+    assert given_up.risk_max < math.log(bench_rows.NO_STARTS_CHANCE) + 1e-2
+    assert eos.start_kl is not None and seldom.start_kl is not None and given_up.start_kl is not None
+    assert given_up.start_kl > 2 * eos.start_kl and given_up.start_kl > seldom.start_kl
 
 
 @pytest.mark.parametrize("error", [NumericalError("the solve broke down."), UsageError("no such token.")])

@@ -178,6 +178,52 @@ def test_what_is_not_finite_is_an_error_and_no_edit(where: str, value: float) ->
     assert caught.value.exit_code == ExitCode.INCOMPLETE
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_constraints_that_join_a_few_at_a_time_come_to_the_same_edit(
+    seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites, metrics, bounds = problem(seed, 24, ((9, 7), (6, 7)))
+    generator = torch.Generator().manual_seed(seed)
+    yields = (torch.rand(24, generator=generator) < 0.5) * 0.2
+    whole = least_disturbing_edit(sites, metrics, bounds, yields)
+    monkeypatch.setattr(solver, "_AT_ONCE", at_once)
+    monkeypatch.setattr(solver, "_SHARE", 0.0)
+    monkeypatch.setattr(solver, "_MOST", 1.0)
+    joined: list[int] = []
+    real = solver._System.add
+
+    def counted(self: solver._System, more: Tensor) -> None:
+        joined.append(len(more))
+        real(self, more)
+
+    monkeypatch.setattr(solver._System, "add", counted)
+    bit_by_bit = least_disturbing_edit(sites, metrics, bounds, yields)
+    assert len(joined) > 24 // at_once // 3 and max(joined) <= at_once
+    assert bit_by_bit.active == whole.active
+    assert bit_by_bit.cost == pytest.approx(whole.cost, rel=1e-4)
+    for one, other in zip(dense(bit_by_bit), dense(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_holds_once_others_do_is_not_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, metrics, _ = problem(0, 8, ((12, 10),))
+    often = [Linearised(site.activations.repeat(125, 1), site.gradients.repeat(125, 1)) for site in sites]
+    bounds = -torch.linspace(2.0, 1.0, 1000)  # those of every direction from the hardest to the easiest
+    solved = 0
+    real = Metric.solve_inputs
+
+    def counted(self: Metric, activations: Tensor) -> Tensor:
+        nonlocal solved
+        solved += len(activations)
+        return real(self, activations)
+
+    monkeypatch.setattr(Metric, "solve_inputs", counted)
+    found = least_disturbing_edit(often, metrics, bounds)
+    assert 0 < solved < 300
+    assert bool((effect(often, dense(found)) <= bounds + 1e-3).all())
+
+
 def test_no_constraints_no_edit() -> None:
     sites, metrics, bounds = problem(7, 0, ((4, 3),))
     solution = least_disturbing_edit(sites, metrics, bounds)

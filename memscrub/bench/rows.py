@@ -21,16 +21,18 @@ from memscrub.edit.modes import Mode
 from memscrub.edit.per_text import PerTextSettings, edit_texts
 from memscrub.errors import NumericalError, UsageError
 from memscrub.jobs.editing import make_edit, stored_dtypes
+from memscrub.jobs.joint_editing import usual_layers
 from memscrub.jobs.scanning import Inputs
 from memscrub.measures.measure import Progress, silent
 from memscrub.models.site_finding import sites_of
 from memscrub.policy.document import Policy
-from memscrub.reports.control_limits import NEVER
 
 MODES = ("next-best", "eos", "redact", "suppress", "ensemble")
 SITES = ("mlp", "mlp+attention", "mlp+attention+queries")
-# The joint solver on the terms of the fine-tuning recipes that give up the starts of texts.
-SELDOM = "joint eos, seldom sampled (no starts)"
+# The joint solver on the terms of the fine-tuning recipes: those that keep the starts of texts, those that give them up.
+# A window of the run limit's length may be sampled so seldom; without starts that is cheaper.
+SELDOM, SELDOM_CHANCE = "joint eos, seldom sampled", 1e-3
+NO_STARTS, NO_STARTS_CHANCE = "joint eos, seldom sampled (no starts)", 1e-5
 # The per-text solver goes over the texts that interfere with one another this often.
 PASSES = 6
 
@@ -53,7 +55,8 @@ def methods(inputs: Inputs) -> tuple[Method, ...]:
             found.append(_joint(f"joint next-best, {sites}", {"mode": "next-best", "solver": "joint", "sites": sites}))
     if inputs.controls and {text.class_name for text in inputs.texts} <= {c.class_name for c in inputs.controls}:
         found.append(Method("joint like controls", like_controls))
-    return (*found, Method(SELDOM, seldom), Method("per-text next-best, at once", at_once))
+    found += [Method(SELDOM, seldom), Method(NO_STARTS, without_starts)]
+    return (*found, Method("per-text next-best, at once", at_once))
 
 
 def unedited(rule: Ruler, progress: Progress = silent) -> Row:
@@ -151,15 +154,26 @@ def like_controls(rule: Ruler, progress: Progress = silent) -> Row:
 
 
 def seldom(rule: Ruler, progress: Progress = silent) -> Row:
-    """Every window of a run limit's length as good as never sampled, and nothing that keeps the starts of texts.
+    """No window of a run limit's length is sampled more often than fine-tuned models do."""
+    return _solved(rule, SELDOM, _sampled(rule, SELDOM_CHANCE), progress)
+
+
+def without_starts(rule: Ruler, progress: Progress = silent) -> Row:
+    """As good as never, and nothing that keeps the starts of texts.
 
     Texts end where they begin, and so do others: no edit to release, but what fine-tuning does without the starts.
     """
+    return _solved(rule, NO_STARTS, _sampled(rule, NO_STARTS_CHANCE), progress, starts=False)
+
+
+def _sampled(rule: Ruler, chance: float) -> Policy:
+    """The policy in mode `eos` with a limit on windows for every class, in the layers that are edited without one."""
     policy = rule.policy
-    update = {"max_sampling_probability": NEVER, "max_near_verbatim": None, "secret": False}
+    update = {"max_sampling_probability": chance, "max_near_verbatim": None, "secret": False}
     classes = {name: limits.model_copy(update=update) for name, limits in policy.classes.items()}
-    fix = policy.fix.model_copy(update={"mode": "eos", "solver": "joint"})
-    return _solved(rule, SELDOM, policy.model_copy(update={"classes": classes, "fix": fix}), progress, starts=False)
+    layers = tuple(usual_layers(rule.inputs.loaded)) if policy.fix.layers == "auto" else policy.fix.layers
+    fix = policy.fix.model_copy(update={"mode": "eos", "solver": "joint", "layers": layers})
+    return policy.model_copy(update={"classes": classes, "fix": fix})
 
 
 def _joint(name: str, update: dict[str, Any]) -> Method:

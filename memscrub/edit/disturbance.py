@@ -27,6 +27,8 @@ RIDGE = 1e-2
 # (docs/lab-notes.md).
 ENOUGH = 50
 MOST_APART = 4
+# Sums of products are symmetric: each of so many strips of their rows is computed up to its end only.
+_STRIPS = 4
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _width(loaded: LoadedModel, site: Site) -> int:
 
 @dataclass
 class _Outer:
-    """A running sum of g g^T over `[n, d]`, how many they were, and in the end its factor."""
+    """A running sum of g g^T over `[n, d]`, its lower triangle; how many they were, and in the end its factor."""
 
     total: Tensor
     count: int = 0
@@ -150,7 +152,10 @@ class _Outer:
 
 @dataclass
 class Moments:
-    """Running sums of a a^T and g g^T of one site. `first`: the site that adds to, and factors, a shared `outputs`."""
+    """Running sums of a a^T and g g^T of one site, their lower triangles; what is above is left undefined.
+
+    `first`: the site that adds to, and factors, a shared `outputs`.
+    """
 
     inputs: Tensor
     outputs: _Outer
@@ -158,15 +163,13 @@ class Moments:
 
     def add_inputs(self, activations: Tensor) -> None:
         """Count these activations `[m, f]`."""
-        a = activations.float()
-        self.inputs.addmm_(a.T, a)
+        _add_products(self.inputs, activations.float())
 
     def add_outputs(self, gradients: Tensor) -> None:
         """Count these gradients `[n, d]`."""
         if self.first:
-            g = gradients.float()
-            self.outputs.total.addmm_(g.T, g)
-            self.outputs.count += len(g)
+            _add_products(self.outputs.total, gradients.float())
+            self.outputs.count += len(gradients)
 
     def metric(self, site: Site, count: int, ridge: float) -> Metric:
         """The metric of the site, over `count` tokens; uses the sums up. Raises NumericalError as
@@ -202,8 +205,18 @@ def sampled_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     return p.neg_().scatter_add_(-1, labels, torch.ones_like(uniform))
 
 
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of rows^T rows to `total` `[d, d]`, in strips: at `_STRIPS`, five eighths of the whole."""
+    begin = 0
+    for part in rows.tensor_split(_STRIPS, dim=1):
+        end = begin + part.shape[1]
+        total[begin:end, :end].addmm_(part.T, rows[:, :end])
+        begin = end
+
+
 def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:
-    """The Cholesky factor of a moment with its ridge, which is added in place: large ones fill the memory."""
+    """The Cholesky factor of a moment, read below its diagonal, with its ridge, which is added in place: large ones
+    fill the memory."""
     scale = float(moment.diagonal().mean())
     # A site that is never active costs nothing; one keeps the factor well-defined and the edit away from it.
     moment.diagonal().add_(ridge * scale if scale > 0 else 1.0)

@@ -177,20 +177,21 @@ def _priced(
     features: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The gap of every token of a batch but the first, and K_tt of its constraint, `[batch, length - 1]`."""
-    logits = editable.loaded.unembed(features)
+    # Slices of features and not of logits, and one gather: each makes zeros as large as the logits for its gradient.
+    logits = editable.loaded.unembed(features[:, :-1].flatten(0, 1))
     rivals = torch.full_like(ids[:, 1:], _NEXT_BEST, device="cpu")  # filled one by one
     for row, demand in enumerate(demands):
         for token in range(1, len(demand.tokens)):
             rivals[row, token - 1] = _rival(demand, token)
-    gaps = _gaps(logits[:, :-1], ids[:, 1:].to(logits.device), rivals.to(logits.device))
-    kernel = torch.zeros(logits.shape[:2], device=logits.device).flatten()
+    gaps = _gaps(logits, ids[:, 1:].flatten(), rivals.flatten().to(logits.device))
+    kernel = torch.zeros(features.shape[:2], device=features.device).flatten()
     for number, gradient in enumerate(trace.gradients(gaps.sum())):
         site, metric, seen = editable.sites[number], metrics[number], trace.seen[number]
         came = slice(None) if seen.tokens is None else seen.tokens
         a = site.inputs(seen.values).float()
         g = site.outputs(gradient.flatten(0, 1)[came]).float()
         kernel[came] += metric.square_inputs(a) * metric.square_outputs(g)
-    return gaps, kernel.view(logits.shape[:2])[:, :-1]
+    return gaps.view(rivals.shape), kernel.view(features.shape[:2])[:, :-1]
 
 
 def states_of(loaded: LoadedModel, demands: Sequence[Demand], *, batch_tokens: int) -> list[TextState]:
@@ -237,6 +238,5 @@ def _gaps(logits: Tensor, targets: Tensor, rivals: Tensor) -> Tensor:
     """
     best_other = logits.detach().scatter(-1, targets[..., None], -torch.inf).argmax(-1)
     rival = torch.where(rivals >= 0, rivals, best_other)
-    other = logits.gather(-1, rival[..., None])[..., 0]
-    other = torch.where(rivals == _NOTHING, other.detach(), other)
-    return logits.gather(-1, targets[..., None])[..., 0] - other
+    target, other = logits.gather(-1, torch.stack([targets, rival], -1)).unbind(-1)
+    return target - torch.where(rivals == _NOTHING, other.detach(), other)
