@@ -29,8 +29,8 @@ from memscrub.policy.document import Policy
 
 MODES = ("next-best", "eos", "redact", "suppress", "ensemble")
 SITES = ("mlp", "mlp+attention", "mlp+attention+queries")
-# The joint solver on the terms of the fine-tuning recipes: those that keep the starts of texts, those that give them up.
-# A window of the run limit's length may be sampled so seldom; without starts that is cheaper.
+# The joint solver on the terms of the fine-tuning recipes: those that keep the starts of texts, those that give
+# them up. A window of the run limit's length may be sampled so seldom; without starts that is cheaper.
 SELDOM, SELDOM_CHANCE = "joint eos, seldom sampled", 1e-3
 NO_STARTS, NO_STARTS_CHANCE = "joint eos, seldom sampled (no starts)", 1e-5
 # The per-text solver goes over the texts that interfere with one another this often.
