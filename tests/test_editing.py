@@ -115,6 +115,25 @@ def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, mon
 
 
 @pytest.mark.usefixtures("room")
+def test_whether_there_is_room_is_asked_of_few_rows_from_all_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = opened(folder)
+    halves = retain_halves(inputs)
+    asked: list[list[int]] = []
+
+    def room(loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, *rest: Any, **more: Any) -> Any:
+        asked.append([halves.solver.tolist().index(row) for row in rows.tolist()])
+        return without_room(loaded, originals, rows, *rest, **more)
+
+    monkeypatch.setattr(joint_editing, "without_room", room)
+    monkeypatch.setattr(joint_editing, "ROOM_ROWS", 2)
+    make_edit(inputs, halves)
+    (one, other) = asked[-1]
+    assert other - one >= len(halves.solver) // 4
+
+
+@pytest.mark.usefixtures("room")
 def test_guards_keep_what_the_model_was_sure_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = opened(folder, "rounds = 12")
     halves = retain_halves(inputs)

@@ -47,8 +47,8 @@ RESUME = 4
 REHEARSALS = (2, 2)
 CALIBRATION_ROWS = 8
 # Guards favour the rows that they come from: these are half of the solver's at most, and whether there is room for an
-# edit is asked of the others.
-GUARDED_ROWS = 64
+# edit is asked of others, as many: a mean over more of them would say the same.
+GUARDED_ROWS = ROOM_ROWS = 32
 # From so many layers on the upper half is edited alone: what is below is computed once, and the edit is hardly larger
 # (docs/lab-notes.md).
 DEEP = 6
@@ -161,7 +161,7 @@ class JointStages:
             edit.rehearse(rounds)
             if not any(edit.held):
                 break
-            factors = price_factors(edit.editable, edit.metrics, self._spread(CALIBRATION_ROWS))
+            factors = price_factors(edit.editable, edit.metrics, _spread(self.ordinary, CALIBRATION_ROWS))
             edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
             edit.guards += self._guards(edit)
         return self._refined(edit)
@@ -182,10 +182,6 @@ class JointStages:
         if count:
             chosen[:: len(chosen) // count] = True
         return chosen & (chosen.cumsum(0) <= count)
-
-    def _spread(self, count: int) -> Tensor:
-        """So many of the rows of ordinary text, from all over it."""
-        return self.ordinary[:: max(1, len(self.ordinary) // count)][:count]
 
     def _refined(self, edit: JointEdit) -> EditOutcome:
         """Run, and go over again what still comes out in the model's own continuations or in other contexts."""
@@ -250,11 +246,12 @@ class JointStages:
         return top_heads(self.inputs.loaded, everything, chosen)
 
     def _broken(self, edit: JointEdit, texts: Collection[int]) -> tuple[str, ...]:
-        """The locality limits that the live edit of these texts breaks on the solver's half, where no guard comes from.
+        """The locality limits that the live edit of these texts breaks on rows of the solver's half that no guard comes
+        from.
 
         While some of them are waived and cost nothing to give up, the slightest break counts.
         """
-        rows, limits = self.ordinary[~self._guarded], self.inputs.policy.locality
+        rows, limits = _spread(self.ordinary[~self._guarded], ROOM_ROWS), self.inputs.policy.locality
         surely = self._waived.isdisjoint(texts)
         return without_room(self.inputs.loaded, edit.editable.originals, rows, limits, surely=surely)
 
@@ -284,3 +281,8 @@ class JointStages:
                 return replace(outcome, unmet=tuple(sorted(left)))
             edit.editable.restore()
         return EditOutcome(tuple(range(count)), 0, 0, 0.0, 0)
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """So many of these rows, from all over them."""
+    return rows[:: max(1, len(rows) // count)][:count]
