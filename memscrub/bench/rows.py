@@ -154,12 +154,12 @@ def like_controls(rule: Ruler, progress: Progress = silent) -> Row:
 
 
 def seldom(rule: Ruler, progress: Progress = silent) -> Row:
-    """No window of a run limit's length is sampled more often than fine-tuned models do."""
+    """No window of a run limit's length has a chance above `SELDOM_CHANCE`; `secret` gives way to that."""
     return _solved(rule, SELDOM, _sampled(rule, SELDOM_CHANCE), progress)
 
 
 def without_starts(rule: Ruler, progress: Progress = silent) -> Row:
-    """As good as never, and nothing that keeps the starts of texts.
+    """The same with `NO_STARTS_CHANCE`, and nothing that keeps the starts of texts.
 
     Texts end where they begin, and so do others: no edit to release, but what fine-tuning does without the starts.
     """
