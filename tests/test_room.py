@@ -13,11 +13,11 @@ from models import opened, ordinary_rows, random_text, tiny_checkpoint
 from torch import Tensor
 
 from memscrub.errors import NumericalError
-from memscrub.locality.distance import compare
+from memscrub.locality.distance import compare_stream
 from memscrub.locality.room import PARTS, at_its_kindest, without_room
 from memscrub.models.model import LoadedModel
 from memscrub.policy.sections import Locality as Limits
-from memscrub.reports.locality_limits import Locality
+from memscrub.reports.locality_limits import StreamDistance
 
 ROWS = ordinary_rows(7, 2 * PARTS, 40)
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -39,15 +39,15 @@ def disturbed(tmp_path: Path) -> tuple[LoadedModel, dict[str, Tensor]]:
     return loaded, {NAME: original}
 
 
-def spread(disturbed: tuple[LoadedModel, dict[str, Tensor]]) -> tuple[Locality, dict[str, float]]:
+def spread(disturbed: tuple[LoadedModel, dict[str, Tensor]]) -> tuple[StreamDistance, dict[str, float]]:
     """What all rows say, and the standard error of each mean from the rows' parts, by numpy."""
-    parts = [compare(*disturbed, ROWS[2 * n : 2 * n + 2]) for n in range(PARTS)]
+    parts = [compare_stream(*disturbed, ROWS[2 * n : 2 * n + 2]) for n in range(PARTS)]
     values = {
         "kl": [part.kl for part in parts],
         "agreement": [part.agreement for part in parts],
         "log ratio": [math.log(part.perplexity_ratio) for part in parts],
     }
-    return compare(*disturbed, ROWS), {name: np.std(each, ddof=1) / PARTS**0.5 for name, each in values.items()}
+    return compare_stream(*disturbed, ROWS), {name: np.std(each, ddof=1) / PARTS**0.5 for name, each in values.items()}
 
 
 def test_a_limit_is_broken_only_by_more_than_a_standard_error(disturbed: tuple[LoadedModel, dict[str, Tensor]]) -> None:
@@ -80,16 +80,16 @@ def test_the_worst_row_is_no_mean_and_one_row_has_no_spread(disturbed: tuple[Loa
     measured, _ = spread(disturbed)
     (sentence,) = without_room(*disturbed, ROWS, allowing(max_worst_kl=0.999 * measured.worst_kl))
     assert "max_worst_kl" in sentence
-    alone = compare(*disturbed, ROWS[:1])
+    alone = compare_stream(*disturbed, ROWS[:1])
     (sentence,) = without_room(*disturbed, ROWS[:1], allowing(max_kl=0.999 * alone.kl))
     assert "max_kl" in sentence
 
 
 def test_the_kindest_reading_is_never_better_than_the_original() -> None:
-    nothing = Locality(10, 0.0, 0.0, 0.0, 1.0, 1.0)
-    parts = [nothing, replace(nothing, kl=1.0, start_kl=1.0, agreement=0.5, perplexity_ratio=2.0)]
-    kindest = at_its_kindest(replace(nothing, kl=0.1, start_kl=0.1, agreement=0.9, perplexity_ratio=1.01), parts)
-    assert (kindest.kl, kindest.start_kl, kindest.agreement) == (0.0, 0.0, 1.0)
+    nothing = StreamDistance(10, 0.0, 0.0, 1.0, 1.0)
+    parts = [nothing, replace(nothing, kl=1.0, agreement=0.5, perplexity_ratio=2.0)]
+    kindest = at_its_kindest(replace(nothing, kl=0.1, agreement=0.9, perplexity_ratio=1.01), parts)
+    assert (kindest.kl, kindest.agreement) == (0.0, 1.0)
 
 
 def test_a_broken_model_has_no_room_and_no_number_is_an_error(disturbed: tuple[LoadedModel, dict[str, Tensor]]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from memscrub.edit.breakpoints import Demand
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.linearise import Linearisation, linearise_at
+from memscrub.edit.ordinary import Ordinary
 from memscrub.models.tokens import batches, pad
 from memscrub.models.trace import weights_swapped
 
@@ -43,7 +44,7 @@ class Guard:
 
 
 def find_guards(
-    editable: EditableModel,
+    ordinary: Ordinary,
     rows: Tensor,
     *,
     known: Collection[Guard] = (),
@@ -54,9 +55,9 @@ def find_guards(
     a context that is `known`. A prediction that the original model was hardly surer of than of another is left.
     `progress` is told how many rows were read."""
     seen = {guard.tokens[:-1] for guard in known}
-    found = {context: kl for kl, context in _disturbed(editable, rows, batch_tokens, progress) if context not in seen}
+    found = {context: kl for kl, context in _disturbed(ordinary, rows, batch_tokens, progress) if context not in seen}
     heaviest = sorted(found, key=lambda context: -found[context])[:AT_A_TIME]
-    return _guards(editable, heaviest, batch_tokens)
+    return _guards(ordinary.editable, heaviest, batch_tokens)
 
 
 def standing(
@@ -70,23 +71,17 @@ def standing(
 
 
 def _disturbed(
-    editable: EditableModel, rows: Tensor, batch_tokens: int, progress: Callable[[int], None]
+    ordinary: Ordinary, rows: Tensor, batch_tokens: int, progress: Callable[[int], None]
 ) -> list[tuple[float, tuple[int, ...]]]:
     """The KL of each prediction that the edit disturbs by `HEAVY` or more, and the tokens before it."""
-    loaded = editable.loaded
     found = []
     done = 0
-    for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
-        ids = rows[batch].to(loaded.device)
-        with torch.inference_mode():
-            with weights_swapped(loaded, editable.originals):
-                before = editable.below.logits(ids).log_softmax(-1)
-            after = editable.below.logits(ids).log_softmax(-1)
-            kl = (before.exp() * (before - after)).sum(-1)
+    for ids, before, after in ordinary.compared(rows, batch_tokens):
+        kl = (before.exp() * (before - after)).sum(-1)
         for row, place in (kl >= HEAVY).nonzero().tolist():
             context = ids[row, max(0, place + 1 - CONTEXT) : place + 1].tolist()
             found.append((float(kl[row, place]), tuple(context)))
-        done += len(batch)
+        done += len(ids)
         progress(done)
     return found
 

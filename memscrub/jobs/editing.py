@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memscrub.edit.block_statistics import measure_by_block
-from memscrub.edit.disturbance import RIDGE, Metric, measure_disturbance
+from memscrub.edit.disturbance import RIDGE, Features, Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.joint import EditOutcome
 from memscrub.edit.statistics_file import check_key, metrics_from, statistics_key
@@ -114,8 +114,8 @@ def _make_edit(
     both = statistics_rows(inputs.loaded, torch.cat([halves.solver, halves.statistics]))
     rows = both if starts else both[:1]
 
-    def metrics(sites: Sequence[Site]) -> list[Metric]:
-        found = _metrics(inputs, sites, rows, progress, statistics, scratch)
+    def metrics(sites: Sequence[Site], features: Features | None = None) -> list[Metric]:
+        found = _metrics(inputs, sites, rows, progress, statistics, scratch, features)
         closed.update(site.name for site, metric in zip(sites, found, strict=True) if metric.closed)
         return found
 
@@ -186,6 +186,7 @@ def _metrics(
     progress: Progress,
     file: Path | None,
     scratch: Path,
+    features: Features | None,
 ) -> list[Metric]:
     total = sum(map(len, rows))
 
@@ -194,7 +195,7 @@ def _metrics(
 
     def compute() -> list[Metric]:
         if inputs.loaded.lean is None:
-            return measure_disturbance(inputs.loaded, sites, rows, seed=inputs.seed, progress=told)
+            return measure_disturbance(inputs.loaded, sites, rows, seed=inputs.seed, features=features, progress=told)
         earlier = list(scratch.iterdir())
         taken = sum(file.stat().st_size for folder in earlier for file in folder.iterdir())
         folder = scratch / str(len(earlier))

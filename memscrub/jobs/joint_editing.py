@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from memscrub.edit.attention import top_heads
 from memscrub.edit.breakpoints import Demand, planned_cost
 from memscrub.edit.calibration import price_factors
 from memscrub.edit.demands import demand_of
-from memscrub.edit.disturbance import Metric
+from memscrub.edit.disturbance import Features, Metric
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.guards import Guard, find_guards
 from memscrub.edit.joint import EditOutcome, EditSettings, JointEdit
 from memscrub.edit.linearise import prices, states_of
 from memscrub.edit.modes import Mode, available_modes, fixed_distractor
+from memscrub.edit.ordinary import Ordinary
 from memscrub.edit.solver import Linearised
 from memscrub.jobs.refine import Further, near_verbatim, other_contexts
 from memscrub.jobs.scanning import Inputs
@@ -31,6 +32,7 @@ from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.extraction import NOISE
 from memscrub.measures.measure import Progress
+from memscrub.models.below import texts_of
 from memscrub.models.model import LoadedModel
 from memscrub.models.originals import OriginalsOnDisk
 from memscrub.models.site_finding import layer_count, sites_of
@@ -55,7 +57,7 @@ DEEP = 6
 # Where not all texts fit: shares of them that are tried, those first that cost least and that no waiver excuses.
 SHARES = (0.75, 0.5, 0.25, 0.1)
 
-Metrics = Callable[[Sequence[Site]], list[Metric]]
+Metrics = Callable[[Sequence[Site], Features | None], list[Metric]]
 Stored = Callable[[Sequence[Site]], dict[str, torch.dtype]]
 
 
@@ -103,6 +105,7 @@ class JointStages:
     stages: list[str] = field(default_factory=list)
     rounds: int = 0
     no_room: tuple[str, ...] = ()
+    reading: Ordinary = field(init=False, repr=False)
 
     def run(self) -> tuple[EditableModel, EditOutcome]:
         """Edit until the policy holds on all texts or nothing more can be tried."""
@@ -110,7 +113,7 @@ class JointStages:
         outcome = self._calibrated(edit)
         outcome = self._other_modes(edit, outcome)
         outcome = self._attention(edit, outcome)
-        self.no_room = self._broken(edit, range(len(self.inputs.texts)))
+        self.no_room = self._broken(range(len(self.inputs.texts)))
         if self.no_room:
             outcome = self._what_fits(edit)
         return edit.editable, outcome
@@ -119,10 +122,17 @@ class JointStages:
         fix, sites = self.inputs.policy.fix, first_sites(self.inputs)
         disk = None if self.inputs.loaded.lean is None else OriginalsOnDisk(self.inputs.ckpt)
         editable = EditableModel(self.inputs.loaded, sites, self.stored(sites), disk=disk)
-        edit = JointEdit(editable, self.metrics(sites), EditSettings(fix.margin, fix.rounds))
+        self.reading = Ordinary(editable)
+        edit = JointEdit(editable, self.metrics(sites, self._learning()), EditSettings(fix.margin, fix.rounds))
         self.stages.append(fix.sites)
         edit.demand(self._demands(edit))
         return edit
+
+    def _learning(self) -> Features:
+        """Passes of the unedited model that leave what the rows that are looked at again come to."""
+        again = {*texts_of(self._priced), *texts_of(self.ordinary[self._guarded]), *texts_of(self._asked)}
+        _ = self.inputs.loaded.projects, self.reading.editable.below.sound  # by passes that are not to be traced
+        return partial(self.reading.learn, again=again)
 
     def _demands(self, edit: JointEdit) -> list[Demand]:
         mode = self.inputs.policy.fix.mode
@@ -161,7 +171,7 @@ class JointStages:
             edit.rehearse(rounds)
             if not any(edit.held):
                 break
-            factors = price_factors(edit.editable, edit.metrics, _spread(self.ordinary, CALIBRATION_ROWS))
+            factors = price_factors(self.reading, edit.metrics, self._priced)
             edit.metrics = [metric.scaled(factor) for metric, factor in zip(edit.metrics, factors, strict=True)]
             edit.guards += self._guards(edit)
         return self._refined(edit)
@@ -172,7 +182,17 @@ class JointStages:
         def told(done: int) -> None:
             self.progress("ordinary text to guard", done, len(rows))
 
-        return find_guards(edit.editable, rows, known=edit.guards, progress=told)
+        return find_guards(self.reading, rows, known=edit.guards, progress=told)
+
+    @cached_property
+    def _priced(self) -> Tensor:
+        """Rows of ordinary text that prices are held against."""
+        return _spread(self.ordinary, CALIBRATION_ROWS)
+
+    @cached_property
+    def _asked(self) -> Tensor:
+        """Rows that say whether there is room for an edit: no guard comes from them."""
+        return _spread(self.ordinary[~self._guarded], ROOM_ROWS)
 
     @cached_property
     def _guarded(self) -> Tensor:
@@ -232,7 +252,7 @@ class JointStages:
             return outcome
         heads = self._heads(edit, outcome)
         with weights_swapped(self.inputs.loaded, edit.editable.originals):
-            metrics = self.metrics(heads)
+            metrics = self.metrics(heads, None)
         edit.add_sites(heads, metrics, self.stored(heads))
         self.stages.append("attention heads")
         edit.steps = min(edit.steps, RESUME)
@@ -245,15 +265,13 @@ class JointStages:
         chosen = [Linearised(c.activations[unmet], c.gradients[unmet]) for c in constraints]
         return top_heads(self.inputs.loaded, everything, chosen)
 
-    def _broken(self, edit: JointEdit, texts: Collection[int]) -> tuple[str, ...]:
-        """The locality limits that the live edit of these texts breaks on rows of the solver's half that no guard comes
-        from.
+    def _broken(self, texts: Collection[int]) -> tuple[str, ...]:
+        """The locality limits that the live edit of these texts breaks.
 
         While some of them are waived and cost nothing to give up, the slightest break counts.
         """
-        rows, limits = _spread(self.ordinary[~self._guarded], ROOM_ROWS), self.inputs.policy.locality
         surely = self._waived.isdisjoint(texts)
-        return without_room(self.inputs.loaded, edit.editable.originals, rows, limits, surely=surely)
+        return without_room(self.reading.compared, self._asked, self.inputs.policy.locality, surely=surely)
 
     @cached_property
     def _waived(self) -> set[int]:
@@ -276,7 +294,7 @@ class JointStages:
             smaller = JointEdit(edit.editable, edit.metrics, edit.settings, guards=edit.guards)
             smaller.demand([demands[index] for index in chosen])
             outcome = self._run(smaller)
-            if not self._broken(smaller, chosen):
+            if not self._broken(chosen):
                 left = {chosen[index] for index in outcome.unmet} | (set(range(count)) - set(chosen))
                 return replace(outcome, unmet=tuple(sorted(left)))
             edit.editable.restore()

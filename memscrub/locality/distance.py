@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,13 +20,17 @@ from memscrub.errors import NumericalError
 from memscrub.models.model import LoadedModel
 from memscrub.models.tokens import TokenText, batches, blocks, prompted
 from memscrub.models.trace import weights_swapped
-from memscrub.reports.locality_limits import Locality
+from memscrub.reports.locality_limits import Locality, StreamDistance
 from memscrub.texts.protected import Document
 
 # A retain text that shares this many tokens running with a protected one would ask to keep what must go.
 OVERLAP = 16
 # "The start of a text" is this many tokens.
 START = 64
+
+# Batches of ids `[rows, width]`, and the log-probabilities `[rows, width, vocabulary]` at every position in the original
+# and in the edited model.
+Compared: TypeAlias = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,43 +88,57 @@ def compare(
     Both passes run in the same batches, so an unedited model compares as exactly zero.
     Raises NumericalError when the edited model's output is not finite.
     """
+    stream = compare_stream(both(loaded, originals, retain, batch_tokens=batch_tokens))
+    start, starts = 0.0, 0
+    beginnings = prompted(loaded, retain)[:, : START + 1]
+    for _, before, after in both(loaded, originals, beginnings, batch_tokens=batch_tokens):
+        each = _kl(before, after)[:, :-1]
+        start += float(each.double().sum())
+        starts += each.numel()
+    _check_finite(start)
+    return Locality(**vars(stream), start_kl=max(0.0, start / starts))
+
+
+def compare_stream(compared: Compared) -> StreamDistance:
+    """How far the model was moved on these rows as a running stream. Raises NumericalError as `compare` does."""
     kl, nll, agree, worst, count = 0.0, 0.0, 0, 0.0, 0
-    for ids, before, after in _both(loaded, originals, retain, batch_tokens):
+    for ids, *pair in compared:
         targets = ids[:, 1:, None]
-        each = (before.exp() * (before - after)).sum(-1)
+        before, after = (each[:, :-1] for each in pair)
+        each = _kl(before, after)
         kl += float(each.double().sum())
         worst = max(worst, float(each.mean(-1).max()))
         agree += int((before.argmax(-1) == after.argmax(-1)).sum())
         nll += float((before.gather(-1, targets) - after.gather(-1, targets)).double().sum())
         count += each.numel()
-    start, starts = 0.0, 0
-    for _, before, after in _both(loaded, originals, prompted(loaded, retain)[:, : START + 1], batch_tokens):
-        each = (before.exp() * (before - after)).sum(-1)
-        start += float(each.double().sum())
-        starts += each.numel()
-    if not math.isfinite(kl + nll + start):
-        raise NumericalError("the edited model's output is not finite on retain text; the edit was rolled back.")
-    return Locality(
+    _check_finite(kl + nll)
+    return StreamDistance(
         tokens=count,
         kl=max(0.0, kl / count),
         worst_kl=max(0.0, worst),
-        start_kl=max(0.0, start / starts),
         agreement=agree / count,
         perplexity_ratio=math.exp(min(nll / count, 700.0)),
     )
 
 
-def _both(
-    loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, batch_tokens: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def both(loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, *, batch_tokens: int = 8192) -> Compared:
     """Batches of ids with the log-probabilities of the original and of the edited model."""
     for batch in batches([rows.shape[1]] * len(rows), loaded.batch_tokens(batch_tokens, gradients=True)):
         ids = rows[batch].to(loaded.device)
         with torch.inference_mode():
             with weights_swapped(loaded, originals):
-                before = loaded.logits(ids)[:, :-1].log_softmax(-1)
-            after = loaded.logits(ids)[:, :-1].log_softmax(-1)
+                before = loaded.logits(ids).log_softmax(-1)
+            after = loaded.logits(ids).log_softmax(-1)
             yield ids, before, after
+
+
+def _kl(before: Tensor, after: Tensor) -> Tensor:
+    return (before.exp() * (before - after)).sum(-1)
+
+
+def _check_finite(total: float) -> None:
+    if not math.isfinite(total):
+        raise NumericalError("the edited model's output is not finite on retain text; the edit was rolled back.")
 
 
 def _halve(documents: list[Document]) -> tuple[list[Document], list[Document]]:

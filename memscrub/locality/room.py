@@ -8,46 +8,45 @@ withheld by the judge. So a limit is surely broken where more than the rows' own
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import stdev
 
 from torch import Tensor
 
-from memscrub.locality.distance import compare
-from memscrub.models.model import LoadedModel
-from memscrub.reports.locality_limits import DistanceLimits, Locality, broken_distance, limit_of
+from memscrub.locality.distance import Compared, compare_stream
+from memscrub.reports.locality_limits import DistanceLimits, StreamDistance, broken_distance, limit_of
 
 # The standard error is taken from so many consecutive parts of the text.
 PARTS = 8
 
 
 def without_room(
-    loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, limits: DistanceLimits, *, surely: bool = True
+    compared: Callable[[Tensor], Compared], rows: Tensor, limits: DistanceLimits, *, surely: bool = True
 ) -> tuple[str, ...]:
-    """A sentence for each limit that the live edit breaks on `rows` `[rows, width]` (`surely`: by more than a standard
-    error), with what was measured. Raises NumericalError when the edited model's output is not finite."""
-    measured = compare(loaded, originals, rows)
+    """A sentence for each limit that the edit breaks on `rows` `[rows, width]` (`surely`: by more than a standard
+    error), with what was measured: `compared` says what both models make of them. No limit is on the beginnings of
+    texts. Raises NumericalError when the edited model's output is not finite."""
+    measured = compare_stream(compared(rows))
     broken = broken_distance(measured, limits)
     if not broken or not surely or len(rows) == 1:
         return tuple(broken)
-    parts = [compare(loaded, originals, part) for part in rows.tensor_split(min(PARTS, len(rows)))]
+    parts = [compare_stream(compared(part)) for part in rows.tensor_split(min(PARTS, len(rows)))]
     certain = {limit_of(sentence) for sentence in broken_distance(at_its_kindest(measured, parts), limits)}
     return tuple(sentence for sentence in broken if limit_of(sentence) in certain)
 
 
-def at_its_kindest(measured: Locality, parts: Sequence[Locality]) -> Locality:
+def at_its_kindest(measured: StreamDistance, parts: Sequence[StreamDistance]) -> StreamDistance:
     """What was measured, each mean a standard error nearer to the original; `parts`, two or more, are equal shares of
     the text. The worst row is no mean and stays."""
 
-    def error(value: Callable[[Locality], float]) -> float:
+    def error(value: Callable[[StreamDistance], float]) -> float:
         return stdev(map(value, parts)) / math.sqrt(len(parts))
 
     ratio = error(lambda part: math.log(part.perplexity_ratio))
     return replace(
         measured,
         kl=max(0.0, measured.kl - error(lambda part: part.kl)),
-        start_kl=max(0.0, measured.start_kl - error(lambda part: part.start_kl)),
         agreement=min(1.0, measured.agreement + error(lambda part: part.agreement)),
         perplexity_ratio=measured.perplexity_ratio * math.exp(-ratio),
     )

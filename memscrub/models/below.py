@@ -8,7 +8,7 @@ what is edited above nor why.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -39,18 +39,19 @@ class Below:
         """Whether a pass over these texts can begin above."""
         return all(text in self._states for text in texts)
 
-    def features(self, ids: Tensor, texts: Sequence[Text]) -> Tensor:
-        """`LoadedModel.features` of texts, given padded on the device as well, `[batch, length]`."""
+    def features(self, ids: Tensor, texts: Sequence[Text], again: Collection[Text] | None = None) -> Tensor:
+        """`LoadedModel.features` of texts, given padded on the device as well, `[batch, length]`. The states of those in
+        `again` are kept, of all by default."""
         if self.knows(texts):
             return self.features_at(ids, texts, None)
         if not self.sound:
             return self.loaded.features(ids)[0]
-        with self._learning(texts):
+        with self._learning(texts, texts if again is None else again):
             return self.loaded.features(ids)[0]
 
     def logits(self, ids: Tensor) -> Tensor:
         """`LoadedModel.logits` of texts of one length, on the device, `[batch, length]`."""
-        return self.loaded.unembed(self.features(ids, [tuple(text) for text in ids.tolist()]))
+        return self.loaded.unembed(self.features(ids, texts_of(ids)))
 
     def features_at(self, ids: Tensor, texts: Sequence[Text], positions: Tensor | None) -> Tensor:
         """The same of texts that are known, by a pass of the ids at `positions` `[batch, n]` (None: at all)."""
@@ -69,7 +70,7 @@ class Below:
         probe = tuple((token * 7919 + 1) % self.loaded.vocabulary for token in range(count))
         ids = torch.tensor([probe], device=self.loaded.device)
         with torch.no_grad():
-            with self._learning([probe]):
+            with self._learning([probe], [probe]):
                 whole = self.loaded.features(ids)[0]
             if not self.knows([probe]):
                 return False
@@ -84,8 +85,8 @@ class Below:
         return list(every)[: self.first]
 
     @contextlib.contextmanager
-    def _learning(self, texts: Sequence[Text]) -> Iterator[None]:
-        """Inside, one pass over these texts leaves their states."""
+    def _learning(self, texts: Sequence[Text], again: Collection[Text]) -> Iterator[None]:
+        """Inside, one pass over these texts leaves the states of those in `again`."""
 
         def learn(module: nn.Module, inputs: Any, output: Any) -> None:
             states, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
@@ -95,7 +96,8 @@ class Below:
             self._handed = rest and tuple(None if isinstance(each, Tensor) else each for each in rest)
             with torch.inference_mode(False):  # to be differentiated above one day
                 for text, state in zip(texts, states, strict=True):
-                    self._keep(text, state[: len(text)].detach().clone())
+                    if text in again:
+                        self._keep(text, state[: len(text)].detach().clone())
 
         handle = self._blocks[-1].register_forward_hook(learn)
         try:
@@ -120,6 +122,11 @@ class Below:
                 undo.callback(_put_back, block, vars(block).get("forward"))
                 block.forward = forward
             yield
+
+
+def texts_of(ids: Tensor) -> list[Text]:
+    """Texts of one length `[batch, length]`."""
+    return [tuple(text) for text in ids.tolist()]
 
 
 def _size(state: Tensor) -> int:

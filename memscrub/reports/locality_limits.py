@@ -23,21 +23,27 @@ _MANY = 1000
 
 
 @dataclass(frozen=True)
-class Locality:
-    """Distance of an edited model from the original on retain text, per predicted token.
+class StreamDistance:
+    """Distance of an edited model from the original on retain text read as a running stream, as in training, per
+    predicted token.
 
     `kl`: mean KL(original || edited) in nats, `worst_kl`: the same for the worst block of text;
     `agreement`: share of positions with the same likeliest token; `perplexity_ratio`: edited over original.
-    These read the retain text as a running stream, as in training. `start_kl` is the mean KL over the first tokens
-    (`distance.START`) when each row stands at the beginning of a text instead, where memorized texts begin too.
     """
 
     tokens: int
     kl: float
     worst_kl: float
-    start_kl: float
     agreement: float
     perplexity_ratio: float
+
+
+@dataclass(frozen=True)
+class Locality(StreamDistance):
+    """The same, and `start_kl`: the mean KL over the first tokens (`distance.START`) when each row stands at the
+    beginning of a text instead, where memorized texts begin too."""
+
+    start_kl: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class DistanceLimits(Protocol):
     def min_agreement(self) -> float: ...
 
 
-def broken_distance(measured: Locality, limits: DistanceLimits) -> list[str]:
+def broken_distance(measured: StreamDistance, limits: DistanceLimits) -> list[str]:
     """One sentence for each limit on retain text that is broken; the policy's, or the catastrophic one behind it."""
     ratio, agreement = measured.perplexity_ratio, measured.agreement
     return [
