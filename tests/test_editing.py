@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,20 @@ from torch import Tensor
 from memscrub.edit.breakpoints import Demand, TextState, violations
 from memscrub.edit.contexts import Context, in_context
 from memscrub.edit.demands import AGREEING, continuation_demand, demand_of
-from memscrub.edit.editable import EditableModel
 from memscrub.edit.guards import HEAVY, Guard, find_guards
 from memscrub.edit.linearise import states_of
 from memscrub.edit.modes import Mode
+from memscrub.edit.ordinary import Ordinary
 from memscrub.errors import UsageError
 from memscrub.jobs import joint_editing
 from memscrub.jobs.editing import Edit, make_edit
 from memscrub.jobs.ordinary_text import known_tokens, neighbour_texts, retain_halves
 from memscrub.jobs.scanning import Inputs
+from memscrub.locality.distance import Compared
 from memscrub.locality.room import without_room
 from memscrub.measures.ceilings import with_ceilings
 from memscrub.measures.continuation import Continuation, Opening
 from memscrub.measures.measure import measure
-from memscrub.models.model import LoadedModel
 from memscrub.policy.sections import Locality as Limits
 
 CONTEXTS: tuple[Context, ...] = ("unrelated", "perturbed")
@@ -87,19 +87,17 @@ def test_guards_are_looked_for_twice_in_the_solvers_half_alone(folder: Path, mon
     looked_at: list[Tensor] = []
     asked: list[Tensor] = []
 
-    def spied(editable: EditableModel, rows: Tensor, **more: Any) -> list[Guard]:
+    def spied(ordinary: Ordinary, rows: Tensor, **more: Any) -> list[Guard]:
         assert set(map(tuple, rows.tolist())) <= set(map(tuple, halves.solver.tolist()))
         looked_at.append(rows)
         assert more["known"] == [guard for earlier in found for guard in earlier]
-        found.append(find_guards(editable, rows, **more))
+        found.append(find_guards(ordinary, rows, **more))
         return found[-1]
 
-    def room(
-        loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, limits: Limits, *, surely: bool
-    ) -> tuple[str, ...]:
+    def room(compared: Callable[[Tensor], Compared], rows: Tensor, limits: Limits, *, surely: bool) -> tuple[str, ...]:
         asked.append(rows)
         assert surely  # no text is waived
-        return without_room(loaded, originals, rows, limits, surely=surely)
+        return without_room(compared, rows, limits, surely=surely)
 
     monkeypatch.setattr(joint_editing, "find_guards", spied)
     monkeypatch.setattr(joint_editing, "without_room", room)
@@ -122,9 +120,9 @@ def test_whether_there_is_room_is_asked_of_few_rows_from_all_over(
     halves = retain_halves(inputs)
     asked: list[list[int]] = []
 
-    def room(loaded: LoadedModel, originals: Mapping[str, Tensor], rows: Tensor, *rest: Any, **more: Any) -> Any:
+    def room(compared: Callable[[Tensor], Compared], rows: Tensor, limits: Limits, *, surely: bool) -> tuple[str, ...]:
         asked.append([halves.solver.tolist().index(row) for row in rows.tolist()])
-        return without_room(loaded, originals, rows, *rest, **more)
+        return without_room(compared, rows, limits, surely=surely)
 
     monkeypatch.setattr(joint_editing, "without_room", room)
     monkeypatch.setattr(joint_editing, "ROOM_ROWS", 2)
@@ -139,9 +137,9 @@ def test_guards_keep_what_the_model_was_sure_of(folder: Path, monkeypatch: pytes
     halves = retain_halves(inputs)
     guarded: list[Tensor] = []
 
-    def spied(editable: EditableModel, rows: Tensor, **more: Any) -> list[Guard]:
+    def spied(ordinary: Ordinary, rows: Tensor, **more: Any) -> list[Guard]:
         guarded.append(rows)
-        return find_guards(editable, rows, **more)
+        return find_guards(ordinary, rows, **more)
 
     def log_p() -> Tensor:
         with torch.inference_mode():

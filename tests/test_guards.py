@@ -16,6 +16,7 @@ from memscrub.edit.editable import EditableModel
 from memscrub.edit.guards import ALLOWED, AT_A_TIME, CONTEXT, HEAVY, YIELD, Guard, find_guards, standing
 from memscrub.edit.joint import EditSettings, JointEdit
 from memscrub.edit.linearise import states_of
+from memscrub.edit.ordinary import Ordinary
 from memscrub.models.model import LoadedModel
 from memscrub.models.site_finding import sites_of
 from memscrub.models.trace import traced
@@ -67,7 +68,7 @@ def test_a_sites_share_is_half_of_what_the_kl_loses_as_its_part_shrinks(family: 
     loaded = opened(tiny_checkpoint(tmp_path / "checkpoint", family, seed=4))
     original = log_p(loaded, ORDINARY)
     made, deltas = pushed(loaded, 0.02)
-    shares = shares_of_kl(made, ORDINARY, batch_tokens=100)
+    shares = shares_of_kl(Ordinary(made), ORDINARY, batch_tokens=100)
     step = 0.05
     for index in range(len(deltas)):
         around = []
@@ -93,7 +94,7 @@ def test_the_shares_of_a_small_edit_add_up_to_its_kl_and_their_parts_alone_do_no
         deltas.append(torch.zeros_like(write) if "q_proj" in site.name else write)
     made.apply(deltas)
     together = float(kl(loaded, original, ORDINARY).mean())
-    shares = shares_of_kl(made, ORDINARY)
+    shares = shares_of_kl(Ordinary(made), ORDINARY)
     alone = []
     for index in range(len(deltas)):
         made.apply([delta if n == index else torch.zeros_like(delta) for n, delta in enumerate(deltas)])
@@ -112,7 +113,7 @@ def test_a_price_factor_is_the_sites_share_over_its_prediction(path: Path) -> No
     metrics = measure_disturbance(loaded, made.sites, [ORDINARY], seed=0)
     metrics[2] = metrics[2].scaled(1e-6)  # far too cheap
     metrics[3] = metrics[3].scaled(1e6)
-    factors, shares = price_factors(made, metrics, ORDINARY), shares_of_kl(made, ORDINARY)
+    factors, shares = price_factors(Ordinary(made), metrics, ORDINARY), shares_of_kl(Ordinary(made), ORDINARY)
     assert (factors[1], factors[2], factors[3]) == (1.0, MOST, LEAST)
     for index in (0, 4, 5):
         expected = shares[index] / made.price(index, metrics[index])
@@ -123,8 +124,8 @@ def test_measuring_shares_leaves_weights_and_no_hooks(path: Path) -> None:
     loaded = opened(path)
     made, _ = pushed(loaded, 0.02)
     before = snapshot(loaded)
-    shares_of_kl(made, ORDINARY)
-    find_guards(made, ORDINARY)
+    shares_of_kl(Ordinary(made), ORDINARY)
+    find_guards(Ordinary(made), ORDINARY)
     assert changed(loaded, before) == set()
     assert hooks(loaded) == 0
 
@@ -140,7 +141,7 @@ def test_guards_are_the_heaviest_predictions_and_the_originals_own(path: Path, m
     moved = kl(loaded, original, ORDINARY)
     heavy = (moved >= HEAVY) & (gaps[..., 0] - gaps[..., 1] > ALLOWED)
     assert 5 < int(heavy.sum()) < heavy.numel()
-    found = find_guards(made, ORDINARY, batch_tokens=100)
+    found = find_guards(Ordinary(made), ORDINARY, batch_tokens=100)
     assert len(found) < AT_A_TIME
     expected = {}
     for row, place in heavy.nonzero().tolist():
@@ -150,9 +151,9 @@ def test_guards_are_the_heaviest_predictions_and_the_originals_own(path: Path, m
     assert {guard.tokens for guard in found} == set(expected)
     for guard in found:
         assert guard.floor == pytest.approx(expected[guard.tokens], abs=1e-4)
-    assert find_guards(made, ORDINARY, known=found) == []
+    assert find_guards(Ordinary(made), ORDINARY, known=found) == []
     monkeypatch.setattr("memscrub.edit.guards.AT_A_TIME", 3)
-    fewer = find_guards(made, ORDINARY, known=found[:1])
+    fewer = find_guards(Ordinary(made), ORDINARY, known=found[:1])
     ranked = [guard.tokens for guard in sorted(found, key=lambda guard: -_kl_of(guard, moved)) if guard != found[0]]
     assert 0 < len(fewer) <= 3  # of the three heaviest, those that the original was sure of
     assert [guard.tokens for guard in fewer] == ranked[: len(fewer)]
@@ -166,7 +167,7 @@ def _kl_of(guard: Guard, moved: Tensor) -> float:
 
 
 def test_an_unedited_model_needs_no_guards(path: Path) -> None:
-    assert find_guards(editable(opened(path)), ORDINARY) == []
+    assert find_guards(Ordinary(editable(opened(path))), ORDINARY) == []
 
 
 def test_a_guard_shows_no_tokens() -> None:
@@ -176,7 +177,7 @@ def test_a_guard_shows_no_tokens() -> None:
 def test_a_guards_constraint_is_its_gap_at_least_its_floor(path: Path) -> None:
     loaded = opened(path)
     made, _ = pushed(loaded, 0.05)
-    guards = find_guards(made, ORDINARY)[:7]
+    guards = find_guards(Ordinary(made), ORDINARY)[:7]
     found = standing(made, guards, batch_tokens=64)
     assert sorted(found.owners) == list(range(7))
     assert bool((found.yields == YIELD).all())
@@ -209,7 +210,7 @@ def _edit(loaded: LoadedModel, metrics: list[Metric], rows: Tensor | None) -> Jo
     edit.demand([Demand(text.tokens, 1, 1, judged=((shared + 1, shared + 8),))])
     edit.rehearse(2)
     if rows is not None:
-        edit.guards += find_guards(edit.editable, rows)
+        edit.guards += find_guards(Ordinary(edit.editable), rows)
         assert edit.guards
     assert edit.run().unmet == ()
     (state,) = states_of(loaded, edit.demands, batch_tokens=200)

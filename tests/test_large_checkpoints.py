@@ -35,6 +35,7 @@ from memscrub.edit.disturbance import Metric, measure_disturbance
 from memscrub.edit.editable import EditableModel
 from memscrub.edit.joint import EditSettings, JointEdit
 from memscrub.edit.low_rank import SLACK, LowRank
+from memscrub.edit.ordinary import Ordinary
 from memscrub.edit.portions import Reading, every_input
 from memscrub.errors import NumericalError
 from memscrub.locality.distance import compare
@@ -217,7 +218,7 @@ def test_an_edit_of_lean_weights_is_that_of_float32_and_is_restored_from_disk(ck
     outcomes, factors = [], []
     for edit in edits:
         edit.rehearse(2)
-        factors.append(price_factors(edit.editable, edit.metrics, RETAIN[:4]))
+        factors.append(price_factors(Ordinary(edit.editable), edit.metrics, RETAIN[:4]))
         edit.metrics = [m.scaled(f) for m, f in zip(edit.metrics, factors[-1], strict=True)]
         outcomes.append(edit.run())
     torch.testing.assert_close(torch.tensor(factors[0]), torch.tensor(factors[1]), rtol=0.05, atol=1e-3)

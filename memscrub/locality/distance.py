@@ -28,8 +28,8 @@ OVERLAP = 16
 # "The start of a text" is this many tokens.
 START = 64
 
-# Batches of ids `[rows, width]`, and the log-probabilities `[rows, width, vocabulary]` at every position in the original
-# and in the edited model.
+# Batches of ids `[rows, width]`, with the log-probabilities `[rows, width, vocabulary]` at every position in the
+# original and in the edited model.
 Compared: TypeAlias = Iterator[tuple[Tensor, Tensor, Tensor]]
 
 

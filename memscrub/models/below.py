@@ -40,8 +40,8 @@ class Below:
         return all(text in self._states for text in texts)
 
     def features(self, ids: Tensor, texts: Sequence[Text], again: Collection[Text] | None = None) -> Tensor:
-        """`LoadedModel.features` of texts, given padded on the device as well, `[batch, length]`. The states of those in
-        `again` are kept, of all by default."""
+        """`LoadedModel.features` of texts, given padded on the device as well, `[batch, length]`; those in
+        `again` leave their states, all by default."""
         if self.knows(texts):
             return self.features_at(ids, texts, None)
         if not self.sound:
