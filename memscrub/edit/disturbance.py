@@ -104,6 +104,7 @@ def measure_disturbance(
     # Sampled on the CPU: the same seed must give the same labels on every device.
     generator = torch.Generator().manual_seed(seed)
     done = 0
+    _ = loaded.projects  # `features` asks for it, found out by passes that are not to be traced
     pass_of = features or (lambda ids: loaded.features(ids)[0])
     for ids, wanted in graded(loaded, sites, retain, batch_tokens):
         ids = ids.to(loaded.device)

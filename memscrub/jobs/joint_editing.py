@@ -131,7 +131,7 @@ class JointStages:
     def _learning(self) -> Features:
         """Passes of the unedited model that leave what the rows that are looked at again come to."""
         again = {*texts_of(self._priced), *texts_of(self.ordinary[self._guarded]), *texts_of(self._asked)}
-        _ = self.inputs.loaded.projects, self.reading.editable.below.sound  # by passes that are not to be traced
+        _ = self.reading.editable.below.sound  # found out by passes that are not to be traced
         return partial(self.reading.learn, again=again)
 
     def _demands(self, edit: JointEdit) -> list[Demand]:
