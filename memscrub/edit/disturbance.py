@@ -222,15 +222,23 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
 
 def _solved(rows: Tensor, factor: Tensor) -> Tensor:
     """(L L^T)^-1 r for each row of `[n, k]`."""
-    whole: Tensor = torch.linalg.solve_triangular(factor, _half_solved(rows, factor), upper=False, left=False)
+    transposed = _transposed(factor)
+    half = torch.linalg.solve_triangular(transposed, rows, upper=True, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(transposed.T, half, upper=False, left=False)
     return whole
 
 
 def _half_solved(rows: Tensor, factor: Tensor) -> Tensor:
     """L^-1 r for each row of `[n, k]`. Rows solved from the right, as they lie in memory, take two thirds of the time
     that columns do."""
-    half: Tensor = torch.linalg.solve_triangular(factor.T, rows, upper=True, left=False)
+    half: Tensor = torch.linalg.solve_triangular(_transposed(factor), rows, upper=True, left=False)
     return half
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    """L^T, its rows one after the other, as a decomposition leaves it; one from a file lies the other way, and should
+    give the same bits."""
+    return factor.T.contiguous()
 
 
 def _factor(moment: Tensor, ridge: float, site: Site) -> Tensor:

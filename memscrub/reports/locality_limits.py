@@ -39,11 +39,16 @@ class StreamDistance:
 
 
 @dataclass(frozen=True)
-class Locality(StreamDistance):
-    """The same, and `start_kl`: the mean KL over the first tokens (`distance.START`) when each row stands at the
-    beginning of a text instead, where memorized texts begin too."""
+class Locality:
+    """The same, in the order of the report's fields, and `start_kl`: the mean KL over the first tokens
+    (`distance.START`) when each row stands at the beginning of a text instead, where memorized texts begin too."""
 
+    tokens: int
+    kl: float
+    worst_kl: float
     start_kl: float
+    agreement: float
+    perplexity_ratio: float
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class DistanceLimits(Protocol):
     def min_agreement(self) -> float: ...
 
 
-def broken_distance(measured: StreamDistance, limits: DistanceLimits) -> list[str]:
+def broken_distance(measured: StreamDistance | Locality, limits: DistanceLimits) -> list[str]:
     """One sentence for each limit on retain text that is broken; the policy's, or the catastrophic one behind it."""
     ratio, agreement = measured.perplexity_ratio, measured.agreement
     return [
